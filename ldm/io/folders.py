@@ -1,0 +1,196 @@
+"""Model folders: which files hold a model's weights, the JSON beside them, and a hash of the whole."""
+
+import errno
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import LDMError
+from ldm.io.atomic import atomic_file
+
+MOST_JSON_BYTES = 20_000_000
+AGAIN = "download or copy it again"
+
+
+def say_on_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------- finding files
+
+
+def find_weights(
+    folder: str | Path, stem: str, variant: str | None = None, say: Callable[[str], None] = say_on_stderr
+) -> list[Path]:
+    """The weight files of one model: `stem` is "diffusion_pytorch_model" (diffusers) or "model" (transformers).
+
+    One file `stem[.variant].safetensors`, or the shards that `stem.safetensors.index[.variant].json` lists. If only
+    another variant is there, it is taken, and `say` is told so.
+    Raises LDMError if there is nothing to read, if it is ambiguous, or if the index is not to be trusted.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LDMError(f"There is no folder {folder}: check the path, or download the model again.")
+    found = _variants(folder, stem)
+    if not found:
+        raise _nothing_found(folder, stem)
+    chosen = variant if variant in found else None if None in found else next(iter(found))
+    if chosen not in (variant, None) and len(found) > 1:
+        names = ", ".join(sorted(p.name for p in found.values()))
+        raise LDMError(f"{folder} holds several variants ({names}): name one of them as `variant`.")
+    path = found[chosen]
+    if chosen != variant:
+        say(f"{folder}: no {f'variant {variant!r}' if variant else 'weights without a variant'}; reading {path.name}.")
+    return _shards(path) if path.suffix == ".json" else [path]
+
+
+def _variants(folder: Path, stem: str) -> dict[str | None, Path]:
+    """{variant: its single file or its index}"""
+    single = re.compile(re.escape(stem) + r"(?:\.(\w+))?\.safetensors")  # \w excludes the "-" of shard names
+    index = re.compile(re.escape(stem) + r"\.safetensors\.index(?:\.(\w+))?\.json")
+    found = {}
+    for path in sorted(folder.iterdir()):
+        match = single.fullmatch(path.name) or index.fullmatch(path.name)
+        if match is None:
+            continue
+        if match[1] in found:
+            raise LDMError(f"{folder} holds both {found[match[1]].name} and {path.name}: remove the outdated one.")
+        found[match[1]] = path
+    return found
+
+
+def _nothing_found(folder: Path, stem: str) -> LDMError:
+    names = sorted(p.name for p in folder.iterdir())
+    shards = [n for n in names if re.match(re.escape(stem) + r".*-\d+-of-\d+.*\.safetensors$", n)]
+    if shards:
+        return LDMError(f"{folder} holds shards ({shards[0]}) without {stem}.safetensors.index.json: download it too.")
+    pickles = [n for n in names if n.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+    if pickles:
+        return LDMError(
+            f"{folder} holds only a pickle ({pickles[0]}), which can run any code when opened and is not read: take "
+            "the model's safetensors files, or, if you trust it, convert it with diffusers or transformers: "
+            "Model.from_pretrained(folder).save_pretrained(folder)."
+        )
+    others = [n for n in names if n.endswith(".safetensors")]
+    instead = f"; it holds {some(others)}" if others else ""
+    return LDMError(f"{folder} has no {stem}.safetensors{instead}: check the path, or download the model again.")
+
+
+def _shards(index: Path) -> list[Path]:
+    content = read_json(index)
+    table = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(table, dict) or not table or not all(isinstance(n, str) for n in table.values()):
+        raise LDMError(f"{index} has no table 'weight_map' of names and files: {AGAIN}.")
+    paths = []
+    for name in sorted(set(table.values())):
+        # An index is a stranger's text: it may name files of this folder, nothing else ("../", "/etc", "C:").
+        if not re.fullmatch(r"\w[\w.\-]*\.safetensors", name, re.ASCII):
+            raise LDMError(
+                f"{index} names the shard {name!r}, which is not a plain file name: do not trust this model."
+            )
+        if not (index.parent / name).is_file():
+            raise LDMError(f"{index.parent} lacks {name}, which {index.name} lists: download it too.")
+        paths.append(index.parent / name)
+    return paths
+
+
+# ---------------------------------------------------------------------------------------------------- JSON
+
+
+def read_json(path: str | Path) -> Any:
+    """Parse a UTF-8 JSON file. Raises LDMError if it is missing, too large, malformed, or says one name twice."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise LDMError(f"{path} is larger than {MOST_JSON_BYTES} bytes: it is no file of a model.")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except UnicodeDecodeError as error:
+        raise LDMError(f"{path} is not UTF-8 text (byte {error.start}): {AGAIN}, or save it as UTF-8.") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str | bytes, what: str) -> Any:
+    """Strict JSON: no NaN, no name twice, no bottomless nesting. Raises LDMError that begins with `what`."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_doubles, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise LDMError(f"{what} is not valid JSON at {where} ({error.msg}): mend it there, or {AGAIN}.") from error
+    except (ValueError, RecursionError) as error:
+        raise LDMError(f"{what} is not acceptable JSON ({str(error)[:200]}): {AGAIN}.") from error
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The specification leaves open which of two equal names counts: readers may differ, so neither does."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice")
+    return table
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write indented UTF-8 JSON, whole or not at all. Raises LDMError if `obj` is not JSON or `path` not writable."""
+    try:
+        text = (json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise LDMError(f"Cannot write {path}: not expressible as JSON ({error}); convert it first.") from error
+    with atomic_file(path) as file:
+        file.write(text)
+
+
+def cannot_read(path: Path, error: OSError) -> LDMError:
+    if error.errno == errno.ENOENT:
+        return LDMError(f"{path} does not exist: check the path, or download the model again.")
+    if error.errno == errno.EISDIR:
+        return LDMError(f"{path} is a folder, not a file: name the file inside it.")
+    return LDMError(f"Cannot read {path}: {error.strerror}; check its permissions and the disk.")
+
+
+# ---------------------------------------------------------------------------------------------------- identity
+
+MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # weights, configurations, merges.txt, spiece.model
+NOT_THE_MODEL = ("optimizer", "optimiser", "training", "trainer")
+
+
+def folder_hash(folder: str | Path) -> str:
+    """16 hexadecimal digits that name a model: the SHA-256 of its weight and configuration files, names and bytes.
+
+    README and other remarks, hidden files and the state of a training run (optimizer*, training*) don't count.
+    Raises LDMError if the folder is missing or holds no such file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LDMError(f"There is no folder {folder}: check the path, or download the model again.")
+    names = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file() and _is_model(p, folder)}
+    if not names:
+        raise LDMError(f"{folder} holds no model files ({', '.join(MODEL_FILES)}): check the path.")
+    total = hashlib.sha256()
+    for name in sorted(names):
+        try:
+            with open(names[name], "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise cannot_read(names[name], error) from error
+        total.update(f"{name}\0{digest}\n".encode())  # hashed apart, no byte can move from one file to the next unseen
+    return total.hexdigest()[:16]
+
+
+def _is_model(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix in MODEL_FILES and not hidden and not path.name.startswith(NOT_THE_MODEL)
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,113 @@
+"""`load`: a folder in diffusers' format becomes a `Pipeline`, every tensor of it used or named in an error."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm.config import from_json
+from ldm.errors import LDMError, nearest
+from ldm.io.folders import find_weights, read_json, say_on_stderr
+from ldm.io.weights import load_weights
+from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae import VAE, VAEConfig
+from ldm.pipeline import Defaults, Pipeline
+from ldm.schedules import ScheduleConfig
+from ldm.text.clip import TextConfig, TextEncoder
+from ldm.text.tokenizer import Tokenizer
+
+# Parts of a Stable Diffusion 1 or 2 folder, and the classes by which model_index.json may name them.
+PARTS = {
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "scheduler": None,  # read by `ScheduleConfig`, which knows the classes
+}
+PASSED_OVER = ("safety_checker", "feature_extractor", "image_encoder")  # they take no part in drawing
+
+
+def load(
+    model: str | Path = "scenes",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
+) -> Pipeline:
+    """`model`: the name of an embedded model ("scenes") or a folder in diffusers' format.
+
+    `variant` ("fp16") picks one of several sets of weights in the folder; `dtype` is what they are cast to as they are
+    read. Raises LDMError with one sentence for a folder that is not such a model, or is damaged.
+    """
+    folder = find_model(model)
+    check_index(folder)
+    text_config = TextConfig.from_json(read_json(folder / "text_encoder" / "config.json"))
+    unet_config = UNetConfig.from_json(read_json(folder / "unet" / "config.json"))
+    vae_config = VAEConfig.from_json(read_json(folder / "vae" / "config.json"))
+    if text_config.hidden_size != unet_config.cross_attention_dim:
+        raise LDMError(
+            f"{folder}: the text encoder speaks vectors of {text_config.hidden_size} numbers, the UNet reads "
+            f"{unet_config.cross_attention_dim}: these parts don't belong together."
+        )
+
+    def fill(cls: type[nn.Module], config: object, name: str, stem: str) -> nn.Module:
+        with torch.device("meta"):
+            part = cls(config)
+        paths = find_weights(folder / name, stem, variant)
+        return load_weights(part, paths, dtype, device, getattr(cls, "rename", None))
+
+    return Pipeline(
+        Tokenizer.from_folder(folder / "tokenizer"),
+        fill(TextEncoder, text_config, "text_encoder", "model"),
+        fill(UNet, unet_config, "unet", "diffusion_pytorch_model"),
+        fill(VAE, vae_config, "vae", "diffusion_pytorch_model"),
+        ScheduleConfig.from_json(read_json(folder / "scheduler" / "scheduler_config.json")),
+        read_defaults(folder),
+        folder,
+    )
+
+
+def read_defaults(folder: Path) -> Defaults:
+    path = folder / "ldm.json"
+    return from_json(Defaults, read_json(path), {}, str(path)) if path.exists() else Defaults()
+
+
+def embedded() -> dict[str, Path]:
+    """The models that travel with ldm: in `weights/` of a checkout, or inside an installed package."""
+    for root in (Path(__file__).parent.parent / "weights", Path(__file__).parent / "weights"):
+        found = {path.parent.name: path.parent for path in sorted(root.glob("*/model_index.json"))}
+        if found:
+            return found
+    return {}
+
+
+def find_model(model: str | Path) -> Path:
+    """The folder of an embedded model's name, or the folder itself. Raises LDMError if there is none."""
+    known = embedded()
+    if str(model) in known:
+        return known[str(model)]
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    names = ", ".join(known) or "none"
+    raise LDMError(
+        f"There is no model {str(model)!r}: neither a folder here nor an embedded model ({names})."
+        + nearest(str(model), known)
+    )
+
+
+def check_index(folder: Path) -> None:
+    """Hold model_index.json against what ldm draws with: parts unknown are refused, idle ones named in a line."""
+    if not (folder / "model_index.json").exists():
+        raise LDMError(f"{folder} is not a model folder in diffusers' format: it has no model_index.json.")
+    index = read_json(folder / "model_index.json")
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and value[-1] is not None}
+    for name, (_, cls) in parts.items():
+        if name in PASSED_OVER:
+            say_on_stderr(f"{folder}: {name} takes no part in drawing and is passed over.")
+        elif name not in PARTS:
+            raise LDMError(f"{folder}/model_index.json names a part that ldm doesn't know: {name!r} ({cls}).")
+        elif PARTS[name] is not None and cls not in PARTS[name]:
+            raise LDMError(f"{folder}/model_index.json: {name} is a {cls}; ldm knows {' and '.join(PARTS[name])}.")
+    missing = [name for name in PARTS if name not in parts]
+    if missing:
+        raise LDMError(f"{folder}/model_index.json lacks {', '.join(missing)}.")

@@ -1,0 +1,276 @@
+"""From a sentence to a picture: encode the words, draw noise, walk down the schedule, decode.
+
+    pipe = ldm.load("scenes")
+    pipe("a large red house on snow at night", seed=7).images[0]
+
+    for step in pipe.steps("a large red house on snow at night", seed=7):
+        show(pipe.decode(step.x0))
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.errors import LDMError, nearest
+from ldm.guidance import Network, classifier_free, conditional, denoiser
+from ldm.io.folders import say_on_stderr
+from ldm.models.unet import UNet
+from ldm.models.vae import VAE
+from ldm.noise import Noise
+from ldm.samplers import SAMPLERS, Sampler, Step, sample
+from ldm.schedules import Schedule, ScheduleConfig, make_schedule
+from ldm.text.clip import TextEncoder
+from ldm.text.tokenizer import Tokenizer
+
+# The sampler of the diffusers class that a scheduler file names; PNDM's own is not among ours yet.
+OF_RULE = {"ddpm": "ddpm", "ddim": "ddim", "euler": "euler", "dpm": "dpm++"}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a model is best drawn with, where the caller says nothing: `ldm.json` in its folder."""
+
+    steps: int = 50
+    guidance: float = 7.5
+    sampler: str | None = None  # that of the scheduler file
+    width: int | None = None  # the UNet's sample_size times the VAE's factor
+    height: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a picture, beside the model: the arguments of a call with every default filled in."""
+
+    prompt: tuple[str, ...]
+    negative: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    guidance: float
+    sampler: str
+    eta: float
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """`images`: PIL pictures, prompt by prompt, `count` of each. `x0`: the clean latents (B, C, h, w) they were decoded from."""
+
+    images: list[Image.Image]
+    x0: Tensor
+    settings: Settings
+
+
+class Pipeline:
+    """The parts of a latent diffusion model, each usable alone, and the road through them.
+
+    `tokenizer`, `text_encoder`, `unet`, `vae` are the parts; `schedule(n)` makes the table for n steps.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        text_encoder: TextEncoder,
+        unet: UNet,
+        vae: VAE,
+        scheduler: ScheduleConfig,
+        defaults: Defaults = Defaults(),
+        folder: Path | None = None,
+    ):
+        self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
+        self.scheduler, self.defaults, self.folder = scheduler, defaults, folder
+
+    # ------------------------------------------------------------------------------------------ the road
+
+    def __call__(self, prompt: str | Sequence[str], *, one_by_one: bool = False, **options) -> Result:
+        """Draw pictures; the options are those of `steps`.
+
+        `one_by_one` draws each picture of the batch alone: slower, and its bits don't depend on the others.
+        """
+        settings = self.settings(prompt, **{k: v for k, v in options.items() if k in SETTINGS})
+        if one_by_one and len(settings.seeds) > 1:
+            return self._one_by_one(settings, options)
+        for step in self.steps(prompt, **options):
+            pass
+        return Result(self.decode(step.x), step.x, settings)
+
+    def _one_by_one(self, settings: Settings, options: dict) -> Result:
+        if options.get("latents") is not None or options.get("generator") is not None:
+            raise LDMError("one_by_one draws each picture's noise from its seed: pass neither latents nor generator with it.")
+        options = {k: v for k, v in options.items() if k not in ("negative", "seed", "count")}
+        results = [
+            self(prompt, negative=negative, seed=seed, **options)
+            for prompt, negative, seed in zip(settings.prompt, settings.negative, settings.seeds, strict=True)
+        ]
+        images = [image for result in results for image in result.images]
+        return Result(images, torch.cat([result.x0 for result in results]), settings)
+
+    def steps(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str | Sequence[str] = "",
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        width: int | None = None,
+        height: int | None = None,
+        count: int = 1,
+        clip_skip: int = 0,
+        latents: Tensor | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        after: Sequence[Step] = (),
+        together: bool = True,
+    ) -> Iterator[Step]:
+        """Yield the steps of a run, each as it is taken (`ldm.samplers.Step`); nothing is hidden between them.
+
+        Pictures: `count` for each prompt, with seeds seed, seed + 1, ... `latents` (B, C, h, w) of unit variance, or a
+        `generator` (one for the batch's single picture, or one a picture), replace what the seeds would draw.
+        `guidance` 1 or less runs the conditional model alone. `after=steps[:k]` goes on from steps of an earlier run.
+        `together` False runs the two halves of guidance one after the other. Raises LDMError for what cannot be.
+        """
+        settings = self.settings(
+            prompt, negative=negative, seed=seed, steps=steps, guidance=guidance, sampler=sampler, eta=eta,
+            width=width, height=height, count=count,
+        )  # fmt: skip
+        schedule = self.schedule(settings.steps)
+        noise = self.noise(settings, generator)
+        x = self.start(settings, schedule, noise, latents)
+        with torch.no_grad():
+            network = self.network(settings, clip_skip, together)
+        denoise = denoiser(network, schedule.prediction)
+        for step in sample(denoise, x, schedule, self.sampler(settings), noise, after):
+            finite(step.x, f"the UNet, in step {step.i + 1} of {settings.steps}")
+            yield step
+
+    # ------------------------------------------------------------------------------------------ its stations
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:
+        """Sentences -> what the UNet reads, (B, 77, D). Says on stderr what was cut off behind the 77th token."""
+        tokens = self.tokenizer(list(prompts))
+        for cut in dict.fromkeys(cut for cut in tokens.cut if cut):
+            say_on_stderr(f"The prompt is longer than {self.tokenizer.max_length} tokens; this part is not read: {cut!r}")
+        context = self.text_encoder.context(tokens.ids.to(self.device), clip_skip)
+        return finite(context, "the text encoder")
+
+    def schedule(self, steps: int | None = None, rule: str | None = None, compat: bool = False) -> Schedule:
+        """The table of noise levels for `steps` steps (`ldm.schedules.make_schedule`)."""
+        return make_schedule(self.scheduler, self.defaults.steps if steps is None else steps, rule, compat)
+
+    def noise(self, settings: Settings, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Noise:
+        """The pictures' noise: from their seeds, or from the caller's generators."""
+        if generator is None:
+            return Noise.from_seeds(settings.seeds)
+        generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        if len(generators) != len(settings.seeds):
+            raise LDMError(f"{len(settings.seeds)} pictures asked for, but {len(generators)} generators given: one each.")
+        return Noise(generators)
+
+    def start(self, settings: Settings, schedule: Schedule, noise: Noise, latents: Tensor | None = None) -> Tensor:
+        """The first latent: noise, or the caller's `latents`, times the schedule's `start_scale`."""
+        shape = self.vae.latent_shape(settings.height, settings.width)
+        if latents is None:
+            latents = noise.draw(shape)
+        elif latents.shape != (len(settings.seeds), *shape):
+            wanted = (len(settings.seeds), *shape)
+            raise LDMError(f"latents of shape {tuple(latents.shape)} given; these settings need {wanted}.")
+        return latents.to(self.device, self.dtype) * schedule.start_scale
+
+    def network(self, settings: Settings, clip_skip: int = 0, together: bool = True) -> Network:
+        """The UNet told what to draw, with classifier-free guidance unless its scale is 1 or less."""
+        cond = self.encode(settings.prompt, clip_skip)
+        if settings.guidance <= 1:
+            return conditional(self.unet, cond)
+        uncond = self.encode(settings.negative, clip_skip)
+        return classifier_free(self.unet, cond, uncond, settings.guidance, together)
+
+    def sampler(self, settings: Settings) -> Sampler:
+        """The function of the sampler's name, told `eta` if it is DDIM."""
+        chosen = SAMPLERS[settings.sampler]
+        return partial(chosen, eta=settings.eta) if settings.sampler == "ddim" else chosen
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> list[Image.Image]:
+        """Clean latents (B, C, h, w) -> PIL pictures. Raises LDMError rather than paint NaN black."""
+        image = finite(self.vae.decode(finite(x0, "the latents").to(self.vae.dtype)), "the VAE's decoder")
+        pixels = ((image / 2 + 0.5).clamp(0, 1).float() * 255).round().byte()  # (B, 3, H, W)
+        return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+    # ------------------------------------------------------------------------------------------ what it is
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def default_size(self) -> int:
+        """Pixels along a side of the pictures the model was trained on."""
+        return (self.unet.config.sample_size or 64) * self.vae.config.factor
+
+    def settings(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str | Sequence[str] = "",
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        eta: float = 0.0,
+        width: int | None = None,
+        height: int | None = None,
+        count: int = 1,
+    ) -> Settings:
+        """Fill in every default, and refuse with a sentence what cannot be drawn."""
+        d = self.defaults
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        if not prompts or len(negatives) != len(prompts):
+            raise LDMError(f"{len(prompts)} prompts and {len(negatives)} negative prompts given: one negative for all, or one each.")
+        if count < 1:
+            raise LDMError(f"count must be 1 or more, not {count}.")
+        sampler = sampler or d.sampler or OF_RULE[self.scheduler.rule]
+        if sampler not in SAMPLERS:
+            raise LDMError(f"Unknown sampler {sampler!r}: ldm has {', '.join(SAMPLERS)}.{nearest(sampler, SAMPLERS)}")
+        width, height = width or d.width or self.default_size, height or d.height or self.default_size
+        factor = self.vae.config.factor
+        for name, pixels in (("width", width), ("height", height)):
+            if pixels < factor or pixels % factor:
+                raise LDMError(f"{name} must be a multiple of {factor}, not {pixels}: a latent stands for {factor} pixels.")
+        n = len(prompts) * count
+        return Settings(
+            prompt=tuple(p for p in prompts for _ in range(count)),
+            negative=tuple(p for p in negatives for _ in range(count)),
+            seeds=tuple(range(seed, seed + n)),
+            steps=d.steps if steps is None else steps,
+            guidance=d.guidance if guidance is None else guidance,
+            sampler=sampler,
+            eta=eta,
+            width=width,
+            height=height,
+        )
+
+
+SETTINGS = ("negative", "seed", "steps", "guidance", "sampler", "eta", "width", "height", "count")
+
+
+def finite(x: Tensor, what: str) -> Tensor:
+    """`x` itself, or an LDMError that names who made it not a number: never a black picture."""
+    if not torch.isfinite(x).all():
+        raise LDMError(
+            f"{what} returned numbers that are not finite (NaN or infinity). In half precision, try float32 "
+            "(--dtype float32); otherwise the weights are damaged."
+        )
+    return x

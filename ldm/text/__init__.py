@@ -1,0 +1,1 @@
+"""Words into numbers: the tokenizer and the text encoders."""

@@ -1,0 +1,133 @@
+"""Train a small CLIP on scenes and captions: both towers from nothing, contrastively (Radford et al. 2021).
+
+The text tower becomes the text encoder of the diffusion model; the image tower scores pictures against sentences.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.io.weights import save_weights, write_json
+from ldm.text.clip import INITIAL_SCALE, ImageEncoder, TextConfig, TextEncoder, VisionConfig, contrastive_loss
+from ldm.text.tokenizer import Tokenizer
+from ldm.train.common import Optimizer, Run, step_generator, trapezoid
+from ldm.train.data import Pictures, pictures
+from ldm.train.vocabulary import save_vocabulary, train_vocabulary
+
+WIDTH, LAYERS, HEADS, JOINT = 128, 3, 4, 128
+IMAGE_SIZE, PATCH = 64, 8  # the tower looks at pictures of half the size: enough to tell what they show
+
+
+@dataclass(frozen=True)
+class Recipe:
+    pictures: int = 12000
+    vocabulary: int = 672
+    steps: int = 900
+    batch: int = 128
+    lr: float = 2e-3
+    seed: int = 0
+    device: str = "cpu"
+
+
+def text_config(tokenizer: Tokenizer) -> TextConfig:
+    return TextConfig(
+        vocab_size=len(tokenizer.vocab),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        projection_dim=JOINT,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+        with_projection=True,
+    )
+
+
+VISION = VisionConfig(
+    hidden_size=WIDTH,
+    intermediate_size=4 * WIDTH,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    projection_dim=JOINT,
+    image_size=IMAGE_SIZE,
+    patch_size=PATCH,
+)
+
+
+class CLIP(nn.Module):
+    """Both towers and the learned logarithm of the inverse temperature."""
+
+    def __init__(self, text: TextConfig, vision: VisionConfig):
+        super().__init__()
+        self.text, self.vision = TextEncoder(text), ImageEncoder(vision)
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_SCALE))
+        initialise(self)
+
+    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+        """The contrastive loss of pictures (B, 3, 128, 128) in [-1, 1] and their captions' ids (B, L)."""
+        scale = self.logit_scale.clamp(max=math.log(100)).exp()  # Radford et al. 2021, section 2.5
+        return contrastive_loss(self.vision(shrink(images)), self.text(ids).pooled, scale)
+
+
+def initialise(model: nn.Module) -> None:
+    """Small embeddings, as in GPT-2: torch's own are of unit variance and would drown what the layers add."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+
+def shrink(images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] -> what the image tower looks at: (B, 3, 64, 64), each pixel an average."""
+    return F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="area")
+
+
+def make_tokenizer(folder: Path, data: Pictures, size: int) -> Tokenizer:
+    """The vocabulary of the captions, trained unless `folder` already holds it."""
+    if not (folder / "vocab.json").exists():
+        save_vocabulary(folder, *train_vocabulary([words for each in data.captions for words in each], size))
+    return Tokenizer.from_folder(folder)
+
+
+@torch.no_grad()
+def recall(clip: CLIP, held: Pictures, ids: Tensor, count: int = 256) -> float:
+    """How often a held-out picture finds its own caption among `count`."""
+    device = clip.logit_scale.device
+    images = clip.vision(shrink(held.tensor(slice(0, count)).to(device)))
+    text = clip.text(ids[:count].to(device)).pooled
+    best = (F.normalize(images, dim=-1) @ F.normalize(text, dim=-1).T).argmax(dim=1)
+    return (best.cpu() == torch.arange(len(best))).float().mean().item()
+
+
+def train(folder: Path, recipe: Recipe = Recipe()) -> None:
+    """Train in `folder`/clip, or go on where it stopped; at the end write both towers there as transformers would."""
+    data = pictures(folder / "data", recipe.pictures)
+    held = pictures(folder / "data", 512, "held-out", first=10_000_000)
+    tokenizer = make_tokenizer(folder / "tokenizer", data, recipe.vocabulary)
+    ids = torch.stack([tokenizer(words).ids for words in data.captions])  # (N, 4, 77)
+    held_ids = tokenizer([words[0] for words in held.captions]).ids
+    torch.manual_seed(recipe.seed)
+    clip = CLIP(text_config(tokenizer), VISION).to(recipe.device)
+    optimizer = Optimizer([clip], recipe.lr)
+    run = Run(folder / "clip", {"clip": clip, "optimizer": optimizer}, recipe.steps)
+    for step in run.steps():
+        generator = step_generator(recipe.seed, step)
+        rows = torch.randint(len(data), (recipe.batch,), generator=generator)
+        wording = torch.randint(ids.shape[1], (recipe.batch,), generator=generator)
+        batch = ids[rows, wording]
+        # The mask is causal, so nothing behind the last end-of-text can change the pooled vectors: leave it out.
+        longest = int((batch == tokenizer.eos_id).int().argmax(dim=1).max()) + 1
+        value = clip(data.tensor(rows.numpy()).to(recipe.device), batch[:, :longest].to(recipe.device))
+        optimizer.step(value, trapezoid(step, recipe.steps))
+        if step % 10 == 9:
+            run.log(step + 1, loss=value.item(), scale=clip.logit_scale.exp().item())
+        if (step + 1) % 150 == 0 or step + 1 == recipe.steps:
+            run.log(step + 1, recall=recall(clip, held, held_ids))
+    for name, tower in (("text", clip.text), ("vision", clip.vision)):
+        write_json(folder / "clip" / name / "config.json", tower.config.to_json())
+        save_weights(tower.state_dict(), folder / "clip" / name / "model.safetensors")
+    save_weights({"logit_scale": clip.logit_scale.detach()}, folder / "clip" / "logit_scale.safetensors")

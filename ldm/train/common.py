@@ -1,0 +1,134 @@
+"""What every training loop of this folder shares: the run's folder, the rate, the average of the weights, the picture sheets.
+
+The loops themselves stay in the open, one a file. Everything random in a step is drawn from (seed, step), so a run that
+was killed and resumed takes the very steps that an unbroken one takes.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.io.atomic import atomic_file
+from ldm.train.muon import Muon, split_parameters
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The source of all that is random in one step."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def trapezoid(step: int, steps: int, warmup: int = 100, cooldown: float = 0.3) -> float:
+    """Factor on the learning rate: a linear rise, a plateau, and over the last `cooldown` of the run a linear fall.
+
+    As good as half a cosine, and a run's length need not be known before its last third (Hagele et al. 2024).
+    """
+    return min((step + 1) / warmup, (steps - step) / (cooldown * steps), 1.0)
+
+
+class Optimizer:
+    """Muon for the matrices and AdamW for the rest, at one rate, with the gradient's norm clipped."""
+
+    def __init__(self, models: list[nn.Module], lr: float, weight_decay: float = 0.0, clip: float = 1.0):
+        groups = [split_parameters(model) for model in models]
+        matrices, rest = [p for m, _ in groups for p in m], [p for _, r in groups for p in r]
+        self.lr, self.clip, self.parameters = lr, clip, matrices + rest
+        self.muon = Muon(matrices, lr, weight_decay=weight_decay)
+        self.adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def step(self, loss: Tensor, rate: float) -> float:
+        """Backward pass and update at `rate` times the learning rate; returns the gradient's norm before clipping."""
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip).item()
+        for optimizer in (self.muon, self.adamw):
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * rate
+            if math.isfinite(norm):  # a single bad batch must not end a night's work
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+
+
+class EMA:
+    """Exponential moving average of a model's weights, the weights one ships (Ho et al. 2020, appendix B).
+
+    The decay rises to `decay` as (1 + step) / (10 + step), so that the random beginning is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999):
+        self.decay = decay
+        self.average = {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in model.state_dict().items():
+            self.average[name].lerp_(p, 1 - decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.average
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.average = state
+
+
+class Run:
+    """One training's folder: `state.pt` (everything needed to go on), `log.jsonl`, and sheets of samples."""
+
+    def __init__(self, folder: Path, parts: dict, steps: int, save_every: float = 120.0):
+        """`parts` are the objects with a state_dict that make up the state; `save_every` is in seconds."""
+        self.folder, self.parts, self.total, self.save_every = Path(folder), parts, steps, save_every
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.step, self.seconds = 0, 0.0
+        if (self.folder / "state.pt").exists():
+            state = torch.load(self.folder / "state.pt", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.step, self.seconds = state["step"], state["seconds"]
+
+    def steps(self) -> Iterator[int]:
+        """Count from where the run stands to its end, with a progress bar; saves now and then, at the end and on Ctrl-C."""
+        start = saved = time.monotonic()
+        before = self.seconds
+        self.bar = tqdm(range(self.step, self.total), initial=self.step, total=self.total, desc=self.folder.name)
+        try:
+            for step in self.bar:
+                yield step
+                self.step, self.seconds = step + 1, before + time.monotonic() - start
+                if time.monotonic() - saved > self.save_every:
+                    self.save()
+                    saved = time.monotonic()
+        finally:
+            self.save()
+
+    def save(self) -> None:
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        with atomic_file(self.folder / "state.pt") as file:
+            torch.save({**state, "step": self.step, "seconds": self.seconds}, file)
+
+    def log(self, step: int, **numbers: float) -> None:
+        """One line of the log, and the same beside the progress bar."""
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()})
+        line = {"step": step, "seconds": round(self.seconds, 1), **{k: float(f"{v:.6g}") for k, v in numbers.items()}}
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def sheet(self, step: int, images: Tensor, columns: int) -> None:
+        """Write `images` (B, 3, H, W) in [-1, 1] as one picture, `columns` wide."""
+        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        rows = [np.concatenate(pixels[i : i + columns], axis=1) for i in range(0, len(pixels), columns)]
+        Image.fromarray(np.concatenate(rows, axis=0)).save(self.folder / f"sheet-{step:06d}.png")

@@ -1,0 +1,73 @@
+"""The training pictures, drawn once by `ldm.scenes` and kept on disk: `images.npy`, `masks.npy`, `captions.json`.
+
+A scene's seed is its row, so the set can be drawn again anywhere, bit for bit.
+"""
+
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm import scenes
+from ldm.io.atomic import atomic_folder
+
+CAPTIONS_EACH = 4  # wordings a picture: words vary more often than pictures do
+
+
+@dataclass
+class Pictures:
+    """`images` (N, 128, 128, 3) uint8 and `masks` (N, 128, 128) bool, where any object is, both mapped from disk."""
+
+    images: np.ndarray
+    masks: np.ndarray
+    captions: list[list[str]]
+    scenes: list[scenes.Scene]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def tensor(self, rows: np.ndarray | slice) -> Tensor:
+        """Pictures as the networks see them: (B, 3, 128, 128) in [-1, 1]."""
+        return to_tensor(self.images[rows])
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _draw(job: tuple[int, str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    seed, split = job
+    scene = scenes.sample(seed, split)
+    picture = scenes.render(scene)
+    words = [scenes.caption(scene, seed * CAPTIONS_EACH + k) for k in range(CAPTIONS_EACH)]
+    return picture.image, picture.masks.any(axis=0), words
+
+
+def pictures(folder: Path, count: int, split: str = "train", first: int = 0) -> Pictures:
+    """The pictures of seeds `first` to `first + count - 1`, drawn now unless `folder` already holds them."""
+    folder = Path(folder) / f"{split}-{first}-{count}"
+    seeds = range(first, first + count)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder) as new:
+            images = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, (count, 128, 128, 3))
+            masks = np.lib.format.open_memmap(new / "masks.npy", "w+", bool, (count, 128, 128))
+            captions = []
+            with ProcessPoolExecutor(os.cpu_count()) as pool:
+                drawn = pool.map(_draw, [(seed, split) for seed in seeds], chunksize=64)
+                for i, (image, mask, words) in enumerate(tqdm(drawn, total=count, desc=f"drawing {split}")):
+                    images[i], masks[i] = image, mask
+                    captions.append(words)
+            images.flush(), masks.flush()
+            (new / "captions.json").write_text(json.dumps(captions))
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    masks = np.load(folder / "masks.npy", mmap_mode="r")
+    captions = json.loads((folder / "captions.json").read_text())
+    return Pictures(images, masks, captions, [scenes.sample(seed, split) for seed in seeds])

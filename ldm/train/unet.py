@@ -1,0 +1,208 @@
+"""Train the UNet: show it latents with noise, and the caption, and ask for the noise.
+
+    t ~ uniform;  x = alpha_t x0 + sigma_t eps;  loss = w(t) |unet(x, t, text) - eps|^2       (Ho et al. 2020, equation 14)
+
+One caption in ten is replaced by the empty one, so that the same network also learns the unconditional prediction that
+guidance needs (Ho & Salimans 2022, algorithm 1). w(t) = min(SNR, 5) / SNR keeps the nearly clean levels, of which there
+are many and which say little, from taking all the gradient (Hang et al. 2023, equation 8).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.diffusion import add_noise, target
+from ldm.guidance import classifier_free, denoiser
+from ldm.io.folders import read_json
+from ldm.io.weights import load_weights, read_tensors, save_weights, write_json
+from ldm.models.unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
+from ldm.models.vae import VAE, VAEConfig
+from ldm.noise import Noise
+from ldm.samplers import dpmpp_2m, sample
+from ldm.schedules import ScheduleConfig, alpha_bars, make_schedule
+from ldm.text.clip import TextConfig, TextEncoder
+from ldm.text.tokenizer import Tokenizer
+from ldm.train.common import EMA, Optimizer, Run, step_generator, trapezoid
+from ldm.train.data import Pictures, pictures
+
+CONFIG = UNetConfig(
+    sample_size=16,
+    block_out_channels=(48, 96, 128),
+    down_block_types=(CROSS_DOWN,) * 3,
+    up_block_types=(CROSS_UP,) * 3,
+    layers_per_block=1,
+    cross_attention_dim=128,
+    heads=(3, 6, 8),
+    transformer_layers_per_block=(1, 1, 1),
+    only_cross_attention=(False,) * 3,
+    use_linear_projection=True,
+    norm_num_groups=8,
+)
+
+SCHEDULER = {  # Stable Diffusion 1's schedule, as diffusers writes it
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "thresholding": False,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    pictures: int = 12000
+    steps: int = 6000
+    batch: int = 32
+    lr: float = 2e-3
+    text: str = "tuned"  # or "frozen": whether the text encoder goes on learning with the UNet
+    caption_dropout: float = 0.1
+    snr_cap: float = 5.0
+    ema: float = 0.999
+    seed: int = 0
+    sheet_every: int = 1000
+    device: str = "cpu"
+
+
+@torch.no_grad()
+def encode_pictures(vae: VAE, data: Pictures, path: Path, device: str) -> tuple[Tensor, Tensor]:
+    """Means and deviations (N, 4, 16, 16) of the pictures' latents, scaled to unit variance; computed once, kept in `path`."""
+    if not path.exists():
+        means, deviations = [], []
+        for start in tqdm(range(0, len(data), 32), desc=f"encoding {path.stem}"):
+            posterior = vae.posterior(data.tensor(slice(start, start + 32)).to(device))
+            means.append(posterior.mean.cpu() * vae.config.scaling_factor)
+            deviations.append((0.5 * posterior.log_variance).exp().cpu() * vae.config.scaling_factor)
+        save_weights({"mean": torch.cat(means), "deviation": torch.cat(deviations)}, path)
+    tensors = {name: tensor.clone() for name, tensor, _ in read_tensors(path)}
+    return tensors["mean"], tensors["deviation"]
+
+
+def loss(
+    unet: UNet, x0: Tensor, context: Tensor, t: Tensor, eps: Tensor, bars: Tensor, snr_cap: float, prediction: str
+) -> Tensor:
+    """`x0`, `eps` (B, 4, h, w), `context` (B, 77, D), `t` (B,) whole timesteps, `bars` (1000,) alpha^2 at each of them."""
+    bar = bars[t].view(-1, 1, 1, 1)
+    alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
+    out = unet(add_noise(x0, eps, alpha, sigma), t, context)
+    error = (out - target(x0, eps, alpha, sigma, prediction)).square().mean(dim=(1, 2, 3))  # (B,)
+    snr = bars[t] / (1 - bars[t])
+    return (error * snr.clamp(max=snr_cap) / snr).mean()
+
+
+def load_parts(folder: Path, device: str) -> tuple[Tokenizer, TextEncoder, VAE]:
+    """What was trained before: the vocabulary, CLIP's text tower and the VAE."""
+
+    def fill(cls, config, path: Path):
+        with torch.device("meta"):
+            model = cls(config)
+        return load_weights(model, path, device=device)
+
+    text_config = TextConfig.from_json(read_json(folder / "clip" / "text" / "config.json"))
+    vae_config = VAEConfig.from_json(read_json(folder / "vae" / "config.json"))
+    text = fill(TextEncoder, text_config, folder / "clip" / "text" / "model.safetensors")
+    vae = fill(VAE, vae_config, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    return Tokenizer.from_folder(folder / "tokenizer"), text, vae
+
+
+def average_of(ema: EMA, text: TextConfig, device: str) -> torch.nn.ModuleDict:
+    """The two networks with the averaged weights."""
+    with torch.device("meta"):
+        parts = torch.nn.ModuleDict({"unet": UNet(CONFIG), "text": TextEncoder(text)})
+    parts.load_state_dict({name: p.to(device) for name, p in ema.average.items()}, assign=True)
+    return parts.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def held_out_loss(
+    parts: torch.nn.ModuleDict, x0: Tensor, ids: Tensor, bars: Tensor, recipe: Recipe, scheduler: ScheduleConfig
+) -> float:
+    """The loss on 256 held-out pictures, always with the same noise and timesteps, so that runs can be compared."""
+    generator, device = torch.Generator().manual_seed(0), bars.device
+    total, n = 0.0, 256
+    t = ((torch.arange(n) + 0.5) / n * 1000).long()
+    eps = torch.randn(x0[:n].shape, generator=generator)
+    for k in range(0, n, 32):
+        rows = torch.arange(k // 32, n, n // 32)  # every batch sees all noise levels
+        context = parts["text"].context(ids[rows].to(device))
+        batch = (v[rows].to(device) for v in (x0, t, eps))
+        z, times, noise = batch
+        prediction = scheduler.prediction_type
+        total += loss(parts["unet"], z, context, times, noise, bars, recipe.snr_cap, prediction).item() * len(rows)
+    return total / n
+
+
+@torch.no_grad()
+def draw(parts: torch.nn.ModuleDict, vae: VAE, ids: Tensor, empty: Tensor, scheduler: ScheduleConfig) -> Tensor:
+    """A picture for each prompt (B, 77), with seeds 0, 1, ...: (B, 3, 128, 128) in [-1, 1]."""
+    device = vae.encoder.conv_in.weight.device
+    schedule = make_schedule(scheduler, 20)
+    noise = Noise.from_seeds(range(len(ids)))
+    cond, uncond = (parts["text"].context(words.to(device)) for words in (ids, empty.expand(len(ids), -1)))
+    denoise = denoiser(classifier_free(parts["unet"], cond, uncond, scale=4.0), schedule.prediction)
+    x = noise.draw(vae.latent_shape(128, 128)).to(device) * schedule.start_scale
+    *_, last = sample(denoise, x, schedule, dpmpp_2m, noise)
+    return vae.decode(last.x)
+
+
+def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
+    """Train in `folder`/`name`, or go on where it stopped; at the end write the averaged UNet and text encoder there."""
+    device = recipe.device
+    data = pictures(folder / "data", recipe.pictures)
+    held = pictures(folder / "data", 512, "held-out", first=10_000_000)
+    tokenizer, text, vae = load_parts(folder, device)
+    mean, deviation = encode_pictures(vae, data, folder / "data" / "latents.safetensors", device)
+    held_mean, _ = encode_pictures(vae, held, folder / "data" / "latents-held-out.safetensors", device)
+    ids = torch.stack([tokenizer(words).ids for words in data.captions])  # (N, 4, 77)
+    held_ids = tokenizer([words[0] for words in held.captions]).ids
+    empty = tokenizer("").ids
+
+    torch.manual_seed(recipe.seed)
+    unet = UNet(CONFIG).to(device, memory_format=torch.channels_last)
+    torch.nn.init.zeros_(unet.conv_out.weight)  # begin by predicting nothing, not by unlearning a guess
+    text.train().requires_grad_(recipe.text == "tuned")
+    trained = torch.nn.ModuleDict({"unet": unet, "text": text})
+    scheduler = ScheduleConfig.from_json(SCHEDULER)
+    bars = alpha_bars(scheduler).to(device)
+    optimizer, ema = Optimizer([trained], recipe.lr), EMA(trained, recipe.ema)
+    run = Run(folder / name, {"trained": trained, "optimizer": optimizer, "ema": ema}, recipe.steps)
+
+    for step in run.steps():
+        generator = step_generator(recipe.seed, step)
+        rows = torch.randint(len(data), (recipe.batch,), generator=generator)
+        wording = torch.randint(ids.shape[1], (recipe.batch,), generator=generator)
+        dropped = torch.rand(recipe.batch, generator=generator) < recipe.caption_dropout
+        words = torch.where(dropped[:, None], empty, ids[rows, wording])
+        x0 = mean[rows] + deviation[rows] * torch.randn(mean[rows].shape, generator=generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        # One t in each of B equal stretches of [0, 1000): as uniform as drawing freely, and the loss jumps less.
+        t = ((torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch * 1000).long()
+        x0, eps, t, words = (v.to(device) for v in (x0, eps, t, words))
+        context = text.context(words)
+        value = loss(unet, x0, context, t, eps, bars, recipe.snr_cap, scheduler.prediction_type)
+        norm = optimizer.step(value, trapezoid(step, recipe.steps))
+        ema.update(trained, step)
+        if step % 10 == 9:
+            run.log(step + 1, loss=value.item(), norm=norm)
+        if (step + 1) % recipe.sheet_every == 0 or step + 1 == recipe.steps:
+            averaged = average_of(ema, text.config, device)
+            run.log(step + 1, held_out_loss=held_out_loss(averaged, held_mean, held_ids, bars, recipe, scheduler))
+            run.sheet(step + 1, draw(averaged, vae, held_ids[:32], empty, scheduler), columns=8)
+
+    averaged = average_of(ema, text.config, "cpu")
+    for part, stem, cls in (("unet", "diffusion_pytorch_model", UNet), ("text", "model", TextEncoder)):
+        write_json(folder / name / part / "config.json", averaged[part].config.to_json())
+        save_weights(averaged[part].state_dict(), folder / name / part / f"{stem}.safetensors")

@@ -1,0 +1,16 @@
+"""What every test relies on: no network, and one thread, with which tiny models are fastest and sums keep their order.
+
+Set before torch and the Hugging Face libraries are imported; a value that the caller has set stands.
+"""
+
+import os
+
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}.items():
+    os.environ.setdefault(name, value)
