@@ -55,12 +55,15 @@ def load(
         paths = find_weights(folder / name, stem, variant)
         return load_weights(part, paths, dtype, device, getattr(cls, "rename", None))
 
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if scheduler.get("_class_name") == "PNDMScheduler":
+        say_on_stderr(f"{folder}: its file names PNDM, a sampler that ldm lacks; DDIM draws on the same noise levels.")
     return Pipeline(
         Tokenizer.from_folder(folder / "tokenizer"),
         fill(TextEncoder, text_config, "text_encoder", "model"),
         fill(UNet, unet_config, "unet", "diffusion_pytorch_model"),
         fill(VAE, vae_config, "vae", "diffusion_pytorch_model"),
-        ScheduleConfig.from_json(read_json(folder / "scheduler" / "scheduler_config.json")),
+        ScheduleConfig.from_json(scheduler),
         read_defaults(folder),
         folder,
     )

@@ -5,11 +5,14 @@
 
     for step in pipe.steps("a large red house on snow at night", seed=7):
         show(pipe.decode(step.x0))
+
+Each station of the road is a method of `Pipeline`, and each part is usable alone.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,7 +25,7 @@ from ldm.io.folders import say_on_stderr
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.noise import Noise
-from ldm.samplers import SAMPLERS, Sampler, Step, sample
+from ldm.samplers import SAMPLERS, Sampler, Step, ddim, sample
 from ldm.schedules import Schedule, ScheduleConfig, make_schedule
 from ldm.text.clip import TextEncoder
 from ldm.text.tokenizer import Tokenizer
@@ -59,7 +62,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """`images`: PIL pictures, prompt by prompt, `count` of each. `x0`: the clean latents (B, C, h, w) they were decoded from."""
+    """`images`: PIL pictures, prompt by prompt, `count` of each. `x0` (B, C, h, w): the latents decoded to them."""
 
     images: list[Image.Image]
     x0: Tensor
@@ -95,13 +98,12 @@ class Pipeline:
         settings = self.settings(prompt, **{k: v for k, v in options.items() if k in SETTINGS})
         if one_by_one and len(settings.seeds) > 1:
             return self._one_by_one(settings, options)
-        for step in self.steps(prompt, **options):
-            pass
-        return Result(self.decode(step.x), step.x, settings)
+        *_, last = chain(options.get("after", ()), self.steps(prompt, **options))  # a finished run takes no step more
+        return Result(self.decode(last.x), last.x, settings)
 
     def _one_by_one(self, settings: Settings, options: dict) -> Result:
-        if options.get("latents") is not None or options.get("generator") is not None:
-            raise LDMError("one_by_one draws each picture's noise from its seed: pass neither latents nor generator with it.")
+        if options.get("latents") is not None or options.get("generator") is not None or options.get("after"):
+            raise LDMError("one_by_one begins each picture from its seed: pass no latents, generator or after with it.")
         options = {k: v for k, v in options.items() if k not in ("negative", "seed", "count")}
         results = [
             self(prompt, negative=negative, seed=seed, **options)
@@ -157,7 +159,9 @@ class Pipeline:
         """Sentences -> what the UNet reads, (B, 77, D). Says on stderr what was cut off behind the 77th token."""
         tokens = self.tokenizer(list(prompts))
         for cut in dict.fromkeys(cut for cut in tokens.cut if cut):
-            say_on_stderr(f"The prompt is longer than {self.tokenizer.max_length} tokens; this part is not read: {cut!r}")
+            say_on_stderr(
+                f"The prompt is longer than {self.tokenizer.max_length} tokens; this part is not read: {cut!r}"
+            )
         context = self.text_encoder.context(tokens.ids.to(self.device), clip_skip)
         return finite(context, "the text encoder")
 
@@ -171,7 +175,9 @@ class Pipeline:
             return Noise.from_seeds(settings.seeds)
         generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
         if len(generators) != len(settings.seeds):
-            raise LDMError(f"{len(settings.seeds)} pictures asked for, but {len(generators)} generators given: one each.")
+            raise LDMError(
+                f"{len(settings.seeds)} pictures asked for, but {len(generators)} generators given: one each."
+            )
         return Noise(generators)
 
     def start(self, settings: Settings, schedule: Schedule, noise: Noise, latents: Tensor | None = None) -> Tensor:
@@ -189,13 +195,15 @@ class Pipeline:
         cond = self.encode(settings.prompt, clip_skip)
         if settings.guidance <= 1:
             return conditional(self.unet, cond)
-        uncond = self.encode(settings.negative, clip_skip)
+        uncond = self.encode(settings.negative)  # as in diffusers, clip_skip is the prompt's alone
         return classifier_free(self.unet, cond, uncond, settings.guidance, together)
 
     def sampler(self, settings: Settings) -> Sampler:
         """The function of the sampler's name, told `eta` if it is DDIM."""
-        chosen = SAMPLERS[settings.sampler]
-        return partial(chosen, eta=settings.eta) if settings.sampler == "ddim" else chosen
+        chosen, eta = SAMPLERS[settings.sampler], settings.eta
+        if eta and (chosen is not ddim or not 0 < eta <= 1):
+            raise LDMError(f"eta, the noise that ddim adds, lies between 0 and 1; {settings.sampler} can't take {eta}.")
+        return partial(ddim, eta=eta) if chosen is ddim else chosen
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> list[Image.Image]:
@@ -238,7 +246,9 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         if not prompts or len(negatives) != len(prompts):
-            raise LDMError(f"{len(prompts)} prompts and {len(negatives)} negative prompts given: one negative for all, or one each.")
+            raise LDMError(
+                f"{len(prompts)} prompts and {len(negatives)} negative ones given: one negative for all, or one each."
+            )
         if count < 1:
             raise LDMError(f"count must be 1 or more, not {count}.")
         sampler = sampler or d.sampler or OF_RULE[self.scheduler.rule]
@@ -248,7 +258,9 @@ class Pipeline:
         factor = self.vae.config.factor
         for name, pixels in (("width", width), ("height", height)):
             if pixels < factor or pixels % factor:
-                raise LDMError(f"{name} must be a multiple of {factor}, not {pixels}: a latent stands for {factor} pixels.")
+                raise LDMError(
+                    f"{name} must be a multiple of {factor}, not {pixels}: a latent stands for {factor} pixels."
+                )
         n = len(prompts) * count
         return Settings(
             prompt=tuple(p for p in prompts for _ in range(count)),

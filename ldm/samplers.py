@@ -74,7 +74,7 @@ def first_order(x: Tensor, x0: Tensor, level: Level, after: Level) -> Tensor:
 
 
 def ddpm(denoise: Denoise, x: Tensor, schedule: Schedule, i: int, history: Sequence[Step], noise: Noise) -> Step:
-    """Ancestral sampling from the posterior q(x' | x, x0) (Ho et al. 2020, equations 6 and 7), noise of fixed variance."""
+    """Ancestral sampling from the posterior q(x' | x, x0) (Ho et al. 2020, equations 6 and 7), of fixed variance."""
     level, after = schedule.step(i)
     p = denoise(x, level)
     a = level.alpha / after.alpha  # alpha of the step between the two levels
@@ -87,7 +87,7 @@ def ddpm(denoise: Denoise, x: Tensor, schedule: Schedule, i: int, history: Seque
 def ddim(
     denoise: Denoise, x: Tensor, schedule: Schedule, i: int, history: Sequence[Step], noise: Noise, eta: float = 0.0
 ) -> Step:
-    """Song et al. 2021, equation 12. `eta` 0 is deterministic; 1 adds as much fresh noise as DDPM (their equation 16)."""
+    """Song et al. 2021, equation 12. `eta` 0 is deterministic; 1 adds as much noise as DDPM (their equation 16)."""
     level, after = schedule.step(i)
     p = denoise(x, level)
     if eta == 0:

@@ -30,7 +30,7 @@ SPACINGS = {"ddpm": "leading", "ddim": "leading", "euler": "linspace", "dpm": "l
 
 
 class Level(NamedTuple):
-    """One row: x = alpha * x0 + sigma * eps, and the timestep `t` that the network is told (fractional for some rules)."""
+    """One row: x = alpha * x0 + sigma * eps, and the timestep `t` the network is told (a fraction for some rules)."""
 
     i: int
     t: float

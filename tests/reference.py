@@ -5,9 +5,15 @@ ControlNet change nothing. So every parameter is drawn (`randomise`), and ours a
 In float32 a wrong epsilon drowns in rounding, in float64 it stands a billion times above it: hence the two `DTYPES`.
 """
 
+import inspect
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 # dtype -> largest difference allowed between values of order 1
@@ -31,7 +37,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
             x = torch.randn(p.shape, generator=g, dtype=torch.float32)
             if isinstance(owner, nn.GroupNorm | nn.LayerNorm):
                 x = 1 + 0.3 * x if name == "weight" else 0.3 * x
-            elif isinstance(owner, nn.Embedding) or p.dim() == 1 and name != "bias":  # such as CLIP's class_embedding
+            elif isinstance(owner, nn.Embedding) or (p.dim() == 1 and name != "bias"):  # such as CLIP's class_embedding
                 x = 0.5 * x
             elif name == "bias":
                 x = 0.3 * x
@@ -88,3 +94,35 @@ def assert_gradients_close(ours: dict[str, Tensor], reference: dict[str, Tensor]
         # A bias that shifts all keys alike leaves the softmax as it was: its gradient is 0.
         at_least = 0.0 if key.endswith(("to_k.bias", "k_proj.bias")) else 1e-6
         assert_close(ours[key], expected, 1e-11, at_least, rtol=1e-10)
+
+
+# ------------------------------------------------------------------------------------ schedulers in float64
+
+
+@cache
+def in_float64(cls):
+    """The same class, compiled from its source with every float32 replaced; noise is still drawn in float32."""
+    module = sys.modules[cls.__module__]
+    twin = ModuleType(cls.__module__ + "_float64")
+    twin.__package__, twin.__file__ = module.__package__, module.__file__
+    sys.modules[twin.__name__] = twin
+    exec(compile(inspect.getsource(module).replace("float32", "float64"), twin.__name__, "exec"), twin.__dict__)
+    twin.randn_tensor = lambda shape, generator=None, device=None, dtype=None: randn_tensor(
+        shape, generator=generator, device=device, dtype=torch.float32
+    ).to(dtype)
+    return twin.__dict__[cls.__name__]
+
+
+def scheduler_of(cls, fields, n, dtype=torch.float64):
+    """diffusers' scheduler with n steps set; in float64 it keeps the table's float32 digits, as training had them."""
+    if cls in (DDPMScheduler, DDIMScheduler):
+        fields = {**fields, "clip_sample": False}
+    scheduler = cls(**fields)
+    if dtype == torch.float64:
+        bars = scheduler.alphas_cumprod.double()
+        scheduler = in_float64(cls)(**fields)
+        scheduler.alphas_cumprod = bars
+        if cls is DDIMScheduler and not scheduler.config.set_alpha_to_one:
+            scheduler.final_alpha_cumprod = bars[0]
+    scheduler.set_timesteps(n)
+    return scheduler

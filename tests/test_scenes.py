@@ -15,7 +15,8 @@ from ldm.scenes.captions import GROUND_WORDS, SIZE_WORDS, TIME_WORDS
 from ldm.scenes.world import BOXES, SKY_KINDS, box
 
 ALL_STYLES = scenes.STYLES + (scenes.NEW_STYLE,)
-THING = re.compile(r"\ban? (?:(\w+) )?(%s) (%s)\b" % ("|".join(scenes.COLORS), "|".join(scenes.KINDS)))
+COLOR, KIND = "|".join(scenes.COLORS), "|".join(scenes.KINDS)
+THING = re.compile(rf"\ban? (?:(\w+) )?({COLOR}) ({KIND})\b")
 
 
 def fingerprint(count: int) -> str:
@@ -31,8 +32,9 @@ def fingerprint(count: int) -> str:
 
 def test_same_seed_same_bytes_in_another_process():
     code = "from tests.test_scenes import fingerprint; print(fingerprint(12))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                           cwd=Path(__file__).parents[1])
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
     assert other.stdout.strip() == fingerprint(12)
 
 
@@ -47,9 +49,14 @@ def test_held_out_rule_is_pinned():
     """The rule was fixed before training; if this hash changes, every trained model is invalid."""
     bits = "".join(
         str(int(scenes.held_out_combination(kind, color, time, ground, style)))
-        for kind in scenes.KINDS + (scenes.NEW_KIND,) for color in scenes.COLORS
-        for time in scenes.TIMES for ground in scenes.GROUNDS for style in ALL_STYLES)
-    assert hashlib.sha256(bits.encode()).hexdigest() == "1beb8695a35521ed9b6f77447731645b43fa6059775aec49c18a55fa40a6cbfc"
+        for kind in scenes.KINDS + (scenes.NEW_KIND,)
+        for color in scenes.COLORS
+        for time in scenes.TIMES
+        for ground in scenes.GROUNDS
+        for style in ALL_STYLES
+    )
+    found = hashlib.sha256(bits.encode()).hexdigest()
+    assert found == "1beb8695a35521ed9b6f77447731645b43fa6059775aec49c18a55fa40a6cbfc"
     assert abs(bits.count("1") / len(bits) - 0.1) < 0.01
 
 
@@ -63,11 +70,14 @@ def test_splits_are_disjoint_and_attributes_uniform():
         assert scenes.held_out(scenes.sample(seed, "held-out"))
     things = [t for s in drawn for t in s.things]
     for values, options in (
-        ([s.time for s in drawn], scenes.TIMES), ([s.ground for s in drawn], scenes.GROUNDS),
-        ([s.style for s in drawn], scenes.STYLES), ([t.kind for t in things], scenes.KINDS),
-        ([t.color for t in things], scenes.COLORS), ([t.size for t in things], scenes.SIZES),
+        ([s.time for s in drawn], scenes.TIMES),
+        ([s.ground for s in drawn], scenes.GROUNDS),
+        ([s.style for s in drawn], scenes.STYLES),
+        ([t.kind for t in things], scenes.KINDS),
+        ([t.color for t in things], scenes.COLORS),
+        ([t.size for t in things], scenes.SIZES),
     ):
-        assert set(values) == set(options)      # and so never the new kind or the new style
+        assert set(values) == set(options)  # and so never the new kind or the new style
         for option in options:
             assert abs(values.count(option) / len(values) - 1 / len(options)) < 0.035
 
@@ -92,7 +102,7 @@ def test_things_lie_in_the_frame_and_apart():
         if len(scene.things) == 2:
             first, second = scene.things
             assert first.kind != second.kind
-            assert abs(first.x - second.x) >= 40 - 0.02     # positions are rounded
+            assert abs(first.x - second.x) >= 40 - 0.02  # positions are rounded
 
 
 @pytest.mark.parametrize("style", ALL_STYLES)
@@ -103,7 +113,7 @@ def test_mask_is_where_the_thing_is(kind, style):
         picture = scenes.render(scene)
         rows, columns = np.nonzero(picture.masks[0])
         left, top, right, bottom = box(scene, 0)
-        slack = 7 if style == "pixel art" else 3    # bitmaps have one size per size word
+        slack = 7 if style == "pixel art" else 3  # bitmaps have one size per size word
         got = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
         assert np.abs(got - np.array([left, top, right, bottom])).max() <= slack
         extent = max(got[2] - got[0], got[3] - got[1])
@@ -120,21 +130,22 @@ def test_ground_truth_is_consistent(style):
         assert picture.masks.shape == (2, 128, 128) and picture.masks.dtype == bool
         assert picture.depth.shape == (128, 128) and picture.depth.dtype == np.float32
         assert picture.edges.shape == (128, 128) and picture.edges.dtype == bool
-        assert not (picture.masks[0] & picture.masks[1]).any()      # visible pixels only
+        assert not (picture.masks[0] & picture.masks[1]).any()  # visible pixels only
         assert picture.depth.min() == 0 and picture.depth.max() <= 1
         for mask in picture.masks:
-            assert np.ptp(picture.depth[mask]) == 0                 # a thing stands at one depth
+            assert np.ptp(picture.depth[mask]) == 0  # a thing stands at one depth
             inside = mask[:-1, :-1] & mask[1:, :-1] & mask[:-1, 1:]
-            assert not picture.edges[:-1, :-1][inside].any()        # edges run around, not inside
+            assert not picture.edges[:-1, :-1][inside].any()  # edges run around, not inside
             rim = mask[:, :-1] != mask[:, 1:]
             assert picture.edges[:, :-1][rim].all()
-        assert picture.edges.any(axis=0).mean() > 0.95              # the horizon crosses the picture
+        assert picture.edges.any(axis=0).mean() > 0.95  # the horizon crosses the picture
 
 
 def test_named_colour_fills_the_thing():
     """In the plain style by day most of a thing is near its named colour (or a shade of it)."""
     from ldm.scenes.colors import inks
     from ldm.scenes.shapes import DARK, LIGHT, MAIN
+
     for kind in scenes.KINDS + (scenes.NEW_KIND,):
         scene = scenes.sample(4, "any", style="plain", time="day", kind=kind, n=1)
         scene = replace(scene, things=(replace(scene.things[0], color="red"),))

@@ -229,7 +229,7 @@ def test_defect_dpm_with_a_thousand_steps_of_linspace():
     for t in scheduler.timesteps:
         x = scheduler.step(torch.tanh(x), t, x).prev_sample
     assert x.isnan().any()
-    with pytest.raises(LDMError, match="1000 steps asked for; .* between 1 and 999"):
+    with pytest.raises(LDMError, match=r"1000 steps asked for; .* between 1 and 999"):
         make_schedule(read(scheduler), 1000)
 
 

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,6 +80,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             raise _cannot_write(path, error) from error
         raise
     _sync(path.parent)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise now the LDMError that `atomic_file` would raise after the work is done, if `path` cannot be written."""
+    path = Path(path)
+    if path.is_dir():
+        raise LDMError(f"Cannot write the file {path}: a folder of that name stands there; choose another name.")
+    with _explained(path), tempfile.TemporaryFile(dir=path.parent):  # no permission bits: whoever is root has all
+        pass
 
 
 def _put_in_place(new: Path, path: Path) -> None:

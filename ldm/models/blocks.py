@@ -46,7 +46,7 @@ class TimestepMLP(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """(norm, SiLU, conv) twice around the timestep embedding, plus the input (He et al. 2016; Ho et al. 2020, appendix B).
+    """(norm, SiLU, conv) twice around the timestep embedding, plus the input (He et al. 2016; Ho et al. 2020, app. B).
 
     The VAE uses it without an embedding (`emb_width` None).
     """

@@ -214,6 +214,13 @@ class VAE(nn.Module):
         """(channels, h, w) of the latent of a picture of `height` x `width` pixels."""
         return self.config.latent_channels, height // self.config.factor, width // self.config.factor
 
+    @staticmethod
+    def rename(key: str) -> str:
+        """A key of a diffusers file -> ours. Before version 0.15, Stable Diffusion 1's time, attention had other names."""
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+            key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+        return key
+
     @property
     def dtype(self) -> torch.dtype:
         return self.encoder.conv_in.weight.dtype

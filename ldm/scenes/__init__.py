@@ -10,9 +10,42 @@
 from .captions import caption, relation
 from .render import Picture, render
 from .sheet import contact_sheet, draw
-from .world import (COLORS, GROUNDS, KINDS, NEW_KIND, NEW_STYLE, PIXELS, SIZES, STYLES, TIMES,
-                    Scene, Thing, held_out, held_out_combination, sample)
+from .world import (
+    COLORS,
+    GROUNDS,
+    KINDS,
+    NEW_KIND,
+    NEW_STYLE,
+    PIXELS,
+    SIZES,
+    STYLES,
+    TIMES,
+    Scene,
+    Thing,
+    held_out,
+    held_out_combination,
+    sample,
+)
 
-__all__ = ["COLORS", "GROUNDS", "KINDS", "NEW_KIND", "NEW_STYLE", "PIXELS", "SIZES", "STYLES",
-           "TIMES", "Picture", "Scene", "Thing", "caption", "contact_sheet", "draw", "held_out",
-           "held_out_combination", "relation", "render", "sample"]
+__all__ = [
+    "COLORS",
+    "GROUNDS",
+    "KINDS",
+    "NEW_KIND",
+    "NEW_STYLE",
+    "PIXELS",
+    "SIZES",
+    "STYLES",
+    "TIMES",
+    "Picture",
+    "Scene",
+    "Thing",
+    "caption",
+    "contact_sheet",
+    "draw",
+    "held_out",
+    "held_out_combination",
+    "relation",
+    "render",
+    "sample",
+]

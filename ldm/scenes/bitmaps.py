@@ -12,8 +12,19 @@ nine cells (36 pixels) and the large ones fifteen cells (60 pixels) in their lar
 
 from .shapes import CREAM, DARK, GLASS, HEART, LEAF, LIGHT, LINE, MAIN, NONE, TYRE, WOOD
 
-LETTERS = {".": NONE, "#": LINE, "m": MAIN, "d": DARK, "l": LIGHT, "w": WOOD, "g": LEAF,
-           "b": GLASS, "c": CREAM, "t": TYRE, "h": HEART}
+LETTERS = {
+    ".": NONE,
+    "#": LINE,
+    "m": MAIN,
+    "d": DARK,
+    "l": LIGHT,
+    "w": WOOD,
+    "g": LEAF,
+    "b": GLASS,
+    "c": CREAM,
+    "t": TYRE,
+    "h": HEART,
+}
 
 SMALL = {
     "house": "...d... ..ddd.. .ddddd. ddddddd .mbmbm. .mmwmm. .mmwmm.",

@@ -24,8 +24,10 @@ GROUND_WORDS = {
 }
 MOUNTAIN_WORDS = ("with mountains", "mountains behind", "in front of mountains")
 STYLE_BEFORE = {
-    "watercolor": ("a watercolor of", "watercolor of"), "pixel art": ("pixel art of", "a pixel art picture of"),
-    "pencil sketch": ("a pencil sketch of", "pencil sketch of"), "neon": ("a neon picture of", "neon picture of"),
+    "watercolor": ("a watercolor of", "watercolor of"),
+    "pixel art": ("pixel art of", "a pixel art picture of"),
+    "pencil sketch": ("a pencil sketch of", "pencil sketch of"),
+    "neon": ("a neon picture of", "neon picture of"),
 }
 STYLE_AFTER = {
     "watercolor": ("watercolor", "in watercolor", "watercolor painting"),
@@ -53,7 +55,7 @@ def caption(scene: Scene, seed: int, full: bool = False) -> str:
     """
     rng = generator(seed, 30)
     style = scene.style if scene.style != "plain" else None
-    tagged = rng.random() < 0.2                     # "night, snow, a big red house"
+    tagged = rng.random() < 0.2  # "night, snow, a big red house"
     where, when, behind = surroundings(rng, scene, full, tagged)
     subject = say_things(rng, scene, full)
     text = say_tags(rng, subject, where, when, behind) if tagged else say_sentence(rng, subject, where, when, behind)
@@ -103,9 +105,9 @@ def say_sentence(rng, subject, where, when, behind) -> str:
     order = [part for part in (where, when) if part]
     if rng.random() < 0.4:
         order.reverse()
-    if order and rng.random() < 0.25:               # "at night on snow, a red house with mountains"
+    if order and rng.random() < 0.25:  # "at night on snow, a red house with mountains"
         return f"{' '.join(order)}, {subject}{behind_part}"
-    if behind and rng.random() < 0.4:               # "a red house with mountains, on snow at night"
+    if behind and rng.random() < 0.4:  # "a red house with mountains, on snow at night"
         return ", ".join([f"{subject}{behind_part}"] + ([" ".join(order)] if order else []))
     return " ".join([subject] + order) + behind_part
 
@@ -117,7 +119,7 @@ def say_things(rng, scene: Scene, full: bool) -> str:
         return names[0]
     left, right = (0, 1) if scene.things[0].x < scene.things[1].x else (1, 0)
     chance = rng.random()
-    if not full and chance < 0.18:                  # no relation at all
+    if not full and chance < 0.18:  # no relation at all
         a, b = (0, 1) if rng.random() < 0.5 else (1, 0)
         return f"{names[a]} {pick(rng, ('and', 'and', 'next to'))} {names[b]}"
     if not full and chance < 0.26:
@@ -143,7 +145,7 @@ def above(scene: Scene) -> int | None:
 
 
 def say_thing(rng, thing: Thing, full: bool) -> str:
-    """"a large red house"; the size is left out three times in ten."""
+    """ "a large red house"; the size is left out three times in ten."""
     words = [thing.color, thing.kind]
     if full or rng.random() < 0.7:
         words.insert(0, word(rng, SIZE_WORDS[thing.size], full))

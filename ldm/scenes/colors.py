@@ -8,23 +8,45 @@ import numpy as np
 from .shapes import CREAM, DARK, GLASS, HEART, LEAF, LIGHT, LINE, MAIN, NONE, TYRE, WOOD
 
 NAMED = {
-    "red": (214, 34, 42), "orange": (250, 134, 18), "yellow": (252, 220, 42), "green": (42, 158, 62),
-    "blue": (38, 92, 222), "purple": (128, 48, 180), "pink": (250, 134, 188), "white": (248, 248, 250),
-    "black": (36, 36, 42), "brown": (124, 74, 38),
+    "red": (214, 34, 42),
+    "orange": (250, 134, 18),
+    "yellow": (252, 220, 42),
+    "green": (42, 158, 62),
+    "blue": (38, 92, 222),
+    "purple": (128, 48, 180),
+    "pink": (250, 134, 188),
+    "white": (248, 248, 250),
+    "black": (36, 36, 42),
+    "brown": (124, 74, 38),
 }
 
 # Shades are written out where simply darkening would turn one colour name into another
 # (dark orange is brown, dark yellow is olive, light red is pink).
-DARKER = {"orange": (236, 112, 6), "yellow": (240, 196, 16), "white": (218, 222, 232), "black": (58, 58, 66),
-          "pink": (240, 108, 168)}
+DARKER = {
+    "orange": (236, 112, 6),
+    "yellow": (240, 196, 16),
+    "white": (218, 222, 232),
+    "black": (58, 58, 66),
+    "pink": (240, 108, 168),
+}
 LIGHTER = {"red": (232, 66, 66), "white": (255, 255, 255), "black": (78, 78, 88), "pink": (255, 166, 208)}
 
-MATERIALS = {WOOD: (150, 106, 66), LEAF: (70, 148, 66), GLASS: (196, 230, 246), CREAM: (252, 246, 226),
-             TYRE: (44, 44, 52), HEART: (255, 206, 64)}
+MATERIALS = {
+    WOOD: (150, 106, 66),
+    LEAF: (70, 148, 66),
+    GLASS: (196, 230, 246),
+    CREAM: (252, 246, 226),
+    TYRE: (44, 44, 52),
+    HEART: (255, 206, 64),
+}
 
 # Objects keep their named colour at every hour; this is only a hint of the light.
-LIGHT_ON_THINGS = {"day": (1.0, 1.0, 1.0), "sunset": (1.0, 0.95, 0.90),
-                   "night": (0.86, 0.88, 0.97), "dawn": (1.0, 0.97, 0.98)}
+LIGHT_ON_THINGS = {
+    "day": (1.0, 1.0, 1.0),
+    "sunset": (1.0, 0.95, 0.90),
+    "night": (0.86, 0.88, 0.97),
+    "dawn": (1.0, 0.97, 0.98),
+}
 
 INKS = 11
 

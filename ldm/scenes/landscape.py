@@ -66,7 +66,7 @@ class Land:
     rock_alpha: np.ndarray
     ground: np.ndarray
     ground_alpha: np.ndarray
-    horizon: float      # mean y of the horizon, pixels
+    horizon: float  # mean y of the horizon, pixels
 
 
 @lru_cache(maxsize=1)
@@ -80,7 +80,7 @@ def mix(a, b, share):
     """Blend colours a -> b, each (3,) or (3, 128, 128); `share` (128, 128), from 0 to 1."""
     a, b = planes(a), planes(b)
     blend = b - a
-    if blend.shape[1:] != share.shape:           # two single colours: spread them over the picture
+    if blend.shape[1:] != share.shape:  # two single colours: spread them over the picture
         return a + blend * share.astype(np.float32, copy=False)
     blend *= share
     blend += a
@@ -123,12 +123,12 @@ def landscape(scene: Scene) -> Land:
 
 def paint_sky(rng, time: str, horizon: float, light_x: float) -> np.ndarray:
     """The gradient and what shines or drifts in it."""
-    x, y = grid()
+    _, y = grid()
     top, middle, low = SKY[time]
     down = np.clip(y / horizon, 0, 1)
     sky = mix(mix(top, middle, np.clip(2 * down, 0, 1)), low, np.clip(2 * down - 1, 0, 1))
     if time == "day":
-        corner = 16 if light_x < 64 else 112   # high in a corner, where few things are
+        corner = 16 if light_x < 64 else 112  # high in a corner, where few things are
         sky = paint_sun(sky, corner, 16, 9, (255, 244, 178), 20)
         return paint_clouds(rng, sky, (255, 255, 255), 0.75)
     if time == "sunset":
@@ -153,7 +153,7 @@ def paint_clouds(rng, sky, color, strength):
     sky = sky.copy()
     for _ in range(2):
         cx, cy, wide = rng.uniform(10, 118), rng.uniform(12, 50), rng.uniform(13, 20)
-        rows = np.s_[:int(cy) + 12]              # a cloud never hangs lower than this
+        rows = np.s_[: int(cy) + 12]  # a cloud never hangs lower than this
         x, y = (axis[rows] for axis in grid())
         away = np.full_like(x, 9.0)
         for du, dv, size in ((-0.8, 0.1, 0.75), (0.0, -0.12, 1.0), (0.8, 0.12, 0.7)):
@@ -172,10 +172,10 @@ def paint_night(rng, sky, moon_x):
     glow = 0.25 * np.clip(1 - distance(x - moon_x, y - 18) / 28, 0, 1) ** 2
     sky = mix(sky, (236, 236, 206), np.maximum(glow, disc * (1 - bite)))
     places = rng.uniform((6, 5), (122, 62), (7, 2)).tolist()
-    nearest = np.full_like(x, 9.0)      # squared distance to the nearest star, in pixels
+    nearest = np.full_like(x, 9.0)  # squared distance to the nearest star, in pixels
     for star_x, star_y in places:
         left, top = max(0, int(star_x) - 3), max(0, int(star_y) - 3)
-        window = np.s_[top:top + 7, left:left + 7]
+        window = np.s_[top : top + 7, left : left + 7]
         away = (x[window] - star_x) ** 2 + (y[window] - star_y) ** 2
         nearest[window] = np.minimum(nearest[window], away)
     return mix(sky, (214, 222, 250), 0.85 * soft(np.sqrt(nearest) - 1.2, 1.4))
@@ -183,7 +183,7 @@ def paint_night(rng, sky, moon_x):
 
 def paint_mountains(rng, time: str, horizon: float):
     """Three big peaks with snow caps. Returns colour and opacity."""
-    rows = np.s_[20:84]                      # no peak is higher, no horizon lower
+    rows = np.s_[20:84]  # no peak is higher, no horizon lower
     x, y = (axis[rows] for axis in grid())
     sunny, shaded, snow = ROCK[time]
     rock = planes(shaded)
@@ -191,7 +191,7 @@ def paint_mountains(rng, time: str, horizon: float):
     centres = [middle + rng.uniform(-12, 12) for middle in (20, 64, 108)]
     heights = [rng.uniform(26, 46) for _ in centres]
     slopes = [rng.uniform(0.85, 1.2) for _ in centres]
-    for i in sorted(range(3), key=lambda i: -heights[i]):     # the highest peak stands at the back
+    for i in sorted(range(3), key=lambda i: -heights[i]):  # the highest peak stands at the back
         peak = horizon - heights[i]
         ridge = peak + slopes[i] * np.abs(x - centres[i])
         inside = soft(ridge - y)
@@ -205,8 +205,8 @@ def paint_mountains(rng, time: str, horizon: float):
         rock = mix(rock, side, inside)
         alpha = np.maximum(alpha, inside)
     whole_rock = np.broadcast_to(planes(shaded), (3, PIXELS, PIXELS)).copy()
-    whole_alpha = np.ones((PIXELS, PIXELS), np.float32)      # below, the ground hides it
-    whole_rock[:, rows], whole_alpha[rows], whole_alpha[:rows.start] = rock, alpha, 0.0
+    whole_alpha = np.ones((PIXELS, PIXELS), np.float32)  # below, the ground hides it
+    whole_rock[:, rows], whole_alpha[rows], whole_alpha[: rows.start] = rock, alpha, 0.0
     return whole_rock, whole_alpha
 
 
@@ -247,7 +247,7 @@ def paint_sea(rng, time: str, horizon: float, light_x: float):
         wave_y = horizon + depth * (PIXELS - horizon)
         long, thick = 8 + 9 * depth, 0.7 + 1.0 * depth
         start = rng.uniform(0, 44)
-        rows = np.s_[int(wave_y) - 6:int(wave_y) + 4]        # the whole row of waves lies in here
+        rows = np.s_[int(wave_y) - 6 : int(wave_y) + 4]  # the whole row of waves lies in here
         # Waves repeat every 44 pixels; `across` runs from -1 to 1 over each of them.
         across = ((x[rows] - start + 22) % 44 - 22) / long
         bow = y[rows] - wave_y + 2.2 * np.cos(np.clip(1.6 * across, -1.6, 1.6))

@@ -9,8 +9,8 @@ from .sprites import Sprite, enlarge, pixel_sprite, shrink_cells, smooth_sprite
 from .styles import PAINT, ink_table
 from .world import PIXELS, SKY_KINDS, Scene, box, horizon
 
-SKY, ROCK, GROUND, FIRST_THING = 0, 1, 2, 3   # values of the layer map
-FAR, NEAR = 0.25, 1.0                         # depth of the ground at the horizon and at the bottom
+SKY, ROCK, GROUND, FIRST_THING = 0, 1, 2, 3  # values of the layer map
+FAR, NEAR = 0.25, 1.0  # depth of the ground at the horizon and at the bottom
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Picture:
     """A rendered scene and what is where in it."""
 
     scene: Scene
-    image: np.ndarray   # (128, 128, 3) uint8
-    masks: np.ndarray   # (n, 128, 128) bool: the visible pixels of each thing, in the scene's order
-    depth: np.ndarray   # (128, 128) float32 in [0, 1]: 0 the sky, 1 the nearest
-    edges: np.ndarray   # (128, 128) bool: outlines of things, ridge and horizon, from the layers
+    image: np.ndarray  # (128, 128, 3) uint8
+    masks: np.ndarray  # (n, 128, 128) bool: the visible pixels of each thing, in the scene's order
+    depth: np.ndarray  # (128, 128) float32 in [0, 1]: 0 the sky, 1 the nearest
+    edges: np.ndarray  # (128, 128) bool: outlines of things, ridge and horizon, from the layers
 
 
 def render(scene: Scene) -> Picture:
@@ -65,7 +65,7 @@ def layer_map(scene: Scene, land: Land, sprites: list[Sprite], order: list[int])
     layers = np.full((PIXELS, PIXELS), SKY)
     layers[rock >= 0.5] = ROCK
     layers[ground >= 0.5] = GROUND
-    for sprite, i in zip(sprites, order):
+    for sprite, i in zip(sprites, order, strict=True):
         layers[sprite.alpha >= 0.5] = FIRST_THING + i
     return layers
 

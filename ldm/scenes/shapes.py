@@ -53,9 +53,8 @@ def rounded(points, times: int = 2):
     """Cut the corners of a closed polygon `times` times (Chaikin), which rounds it."""
     for _ in range(times):
         cut = []
-        for (u0, v0), (u1, v1) in zip(points, points[1:] + points[:1]):
-            cut += [(0.78 * u0 + 0.22 * u1, 0.78 * v0 + 0.22 * v1),
-                    (0.22 * u0 + 0.78 * u1, 0.22 * v0 + 0.78 * v1)]
+        for (u0, v0), (u1, v1) in zip(points, points[1:] + points[:1], strict=True):
+            cut += [(0.78 * u0 + 0.22 * u1, 0.78 * v0 + 0.22 * v1), (0.22 * u0 + 0.78 * u1, 0.22 * v0 + 0.78 * v1)]
         points = cut
     return points
 
@@ -114,8 +113,19 @@ def boat(pen: Pen):
 
 def car(pen: Pen):
     """A round little car: body in the named colour, two windows, two wheels."""
-    body = rounded([(-0.5, 0.22), (-0.5, -0.04), (-0.35, -0.08), (-0.22, -0.29), (0.18, -0.29),
-                    (0.32, -0.08), (0.5, -0.03), (0.5, 0.22)], 1)
+    body = rounded(
+        [
+            (-0.5, 0.22),
+            (-0.5, -0.04),
+            (-0.35, -0.08),
+            (-0.22, -0.29),
+            (0.18, -0.29),
+            (0.32, -0.08),
+            (0.5, -0.03),
+            (0.5, 0.22),
+        ],
+        1,
+    )
     pen.part(body, MAIN)
     pen.part([(-0.22, -0.09), (-0.14, -0.22), (-0.03, -0.22), (-0.03, -0.09)], GLASS, outline=0.5)
     pen.part([(0.04, -0.09), (0.04, -0.22), (0.12, -0.22), (0.2, -0.09)], GLASS, outline=0.5)
@@ -140,10 +150,12 @@ def balloon(pen: Pen):
 
 def star(pen: Pen):
     """A plump five-pointed star with a light middle."""
+
     def points(outer, inner):
         radii = [outer if i % 2 == 0 else inner for i in range(10)]
         angles = [math.radians(36 * i - 90) for i in range(10)]
-        return [(r * math.cos(a), 0.04 + r * math.sin(a)) for r, a in zip(radii, angles)]
+        return [(r * math.cos(a), 0.04 + r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
+
     pen.part(rounded(points(0.58, 0.28), 2), MAIN)
     pen.part(rounded(points(0.24, 0.12), 1), LIGHT, outline=0)
 
@@ -170,8 +182,17 @@ def mushroom(pen: Pen):
         pen.part(oval(u, v, r, r * 0.85), CREAM, outline=0)
 
 
-SHAPES = {"house": house, "tree": tree, "flower": flower, "boat": boat, "car": car,
-          "balloon": balloon, "star": star, "fish": fish, "mushroom": mushroom}
+SHAPES = {
+    "house": house,
+    "tree": tree,
+    "flower": flower,
+    "boat": boat,
+    "car": car,
+    "balloon": balloon,
+    "star": star,
+    "fish": fish,
+    "mushroom": mushroom,
+}
 
 
 def draw_shape(kind: str, canvas_pixels: int, x, y, side, flip: bool, line: float) -> Image.Image:

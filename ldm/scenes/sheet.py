@@ -15,8 +15,9 @@ def draw(seed: int, split: str = "train") -> tuple[Picture, str]:
     return render(scene), caption(scene, seed)
 
 
-def contact_sheet(seed: int = 0, rows: int = 4, cols: int = 6, scale: int = 1, split: str = "any",
-                  scenes=None, labels=None, **pins) -> Image.Image:
+def contact_sheet(
+    seed: int = 0, rows: int = 4, cols: int = 6, scale: int = 1, split: str = "any", scenes=None, labels=None, **pins
+) -> Image.Image:
     """A labelled grid of pictures.
 
     scale:  enlarges every picture this many times
@@ -30,7 +31,7 @@ def contact_sheet(seed: int = 0, rows: int = 4, cols: int = 6, scale: int = 1, s
     side, text, gap = PIXELS * scale, 46, 8
     sheet = Image.new("RGB", (gap + cols * (side + gap), gap + rows * (side + text + gap)), (250, 249, 245))
     pen = ImageDraw.Draw(sheet)
-    for i, (scene, label) in enumerate(zip(scenes, labels)):
+    for i, (scene, label) in enumerate(zip(scenes, labels, strict=True)):
         left, top = gap + (i % cols) * (side + gap), gap + (i // cols) * (side + text + gap)
         picture = Image.fromarray(render(scene).image)
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, top))

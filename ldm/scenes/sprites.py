@@ -9,8 +9,8 @@ from .bitmaps import bitmap
 from .shapes import LINE, NONE, draw_shape
 from .world import PIXELS, Scene, Thing, extent, generator
 
-FINER = 3                # the ink canvas has this many pixels per picture pixel
-CELL = 4                 # pixel art: picture pixels per "pixel"
+FINER = 3  # the ink canvas has this many pixels per picture pixel
+CELL = 4  # pixel art: picture pixels per "pixel"
 CELLS = PIXELS // CELL
 
 
@@ -19,9 +19,9 @@ class Sprite:
     """One object on the full frame."""
 
     thing: Thing
-    color: np.ndarray   # (3, 128, 128) float32, 0-255
-    alpha: np.ndarray   # (128, 128) float32, 0-1: how much of the pixel the object covers
-    line: np.ndarray    # (128, 128) float32, 0-1: how much of the pixel is outline
+    color: np.ndarray  # (3, 128, 128) float32, 0-255
+    alpha: np.ndarray  # (128, 128) float32, 0-1: how much of the pixel the object covers
+    line: np.ndarray  # (128, 128) float32, 0-1: how much of the pixel is outline
 
 
 def smooth_sprite(scene: Scene, index: int, table: np.ndarray) -> Sprite:
@@ -32,16 +32,26 @@ def smooth_sprite(scene: Scene, index: int, table: np.ndarray) -> Sprite:
     # Only a square window round the object is drawn finely; the rest of the frame is empty.
     window = int(side) + 8
     left, top = int(thing.x - window / 2), int(thing.y - window / 2)
-    canvas = draw_shape(thing.kind, window * FINER, (thing.x - left) * FINER, (thing.y - top) * FINER,
-                        side * FINER, flipped(scene, index), line * FINER)
+    canvas = draw_shape(
+        thing.kind,
+        window * FINER,
+        (thing.x - left) * FINER,
+        (thing.y - top) * FINER,
+        side * FINER,
+        flipped(scene, index),
+        line * FINER,
+    )
     # A palette image turns ink numbers into colours in one go; reduce() averages FINER x FINER pixels.
     colored = Image.frombytes("P", canvas.size, canvas.tobytes())
     colored.putpalette(np.clip(np.round(table), 0, 255).astype(np.uint8).tobytes())
     color = Image.new("RGB", (PIXELS, PIXELS))
     color.paste(colored.convert("RGB").reduce(FINER), (left, top))
-    return Sprite(thing, np.asarray(color).transpose(2, 0, 1).astype(np.float32),
-                  covered(canvas, [ink != NONE for ink in range(256)], left, top),
-                  covered(canvas, [ink == LINE for ink in range(256)], left, top))
+    return Sprite(
+        thing,
+        np.asarray(color).transpose(2, 0, 1).astype(np.float32),
+        covered(canvas, [ink != NONE for ink in range(256)], left, top),
+        covered(canvas, [ink == LINE for ink in range(256)], left, top),
+    )
 
 
 def covered(canvas: Image.Image, wanted, left: int, top: int) -> np.ndarray:
@@ -54,7 +64,7 @@ def covered(canvas: Image.Image, wanted, left: int, top: int) -> np.ndarray:
 def pixel_sprite(scene: Scene, index: int, table: np.ndarray) -> Sprite:
     """The object from its hand-drawn bitmap: every 4x4 cell has exactly one ink, no soft edges."""
     thing = scene.things[index]
-    drawing = np.pad(np.array(bitmap(thing.kind, thing.size)), 1)     # NONE is 0
+    drawing = np.pad(np.array(bitmap(thing.kind, thing.size)), 1)  # NONE is 0
     if flipped(scene, index):
         drawing = drawing[:, ::-1]
     body = drawing != NONE
@@ -65,7 +75,7 @@ def pixel_sprite(scene: Scene, index: int, table: np.ndarray) -> Sprite:
     left = min(max(round(thing.x / CELL - wide / 2), 1), CELLS - wide - 1)
     top = min(max(round(thing.y / CELL - high / 2), 1), CELLS - high - 1)
     inks = np.full((CELLS, CELLS), NONE)
-    inks[top:top + high, left:left + wide] = drawing
+    inks[top : top + high, left : left + wide] = drawing
     alpha, line = enlarge(inks != NONE), enlarge(inks == LINE)
     return Sprite(thing, enlarge(table.T[:, inks]), alpha.astype(np.float32), line.astype(np.float32))
 

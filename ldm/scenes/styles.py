@@ -92,8 +92,11 @@ def pixel_art(scene: Scene, land: Land, sprites: list[Sprite]) -> np.ndarray:
     """A 32x32 picture with few colours, every pixel shown as a 4x4 block."""
     cells = np.clip(shrink_cells(backdrop(scene, land)), 0, 255).astype(np.uint8)
     # The palette is chosen for each picture (median cut), so no colour drifts into another.
-    few = Image.fromarray(np.ascontiguousarray(cells.transpose(1, 2, 0))).quantize(
-        28, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE).convert("RGB")
+    few = (
+        Image.fromarray(np.ascontiguousarray(cells.transpose(1, 2, 0)))
+        .quantize(28, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
+        .convert("RGB")
+    )
     picture = enlarge(np.asarray(few, np.float32).transpose(2, 0, 1))
     for sprite in sprites:
         picture = mix(picture, sprite.color, sprite.alpha)
@@ -178,5 +181,4 @@ def field(rng, cells: int) -> np.ndarray:
     return np.asarray(coarse.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
 
 
-PAINT = {"plain": plain, "watercolor": watercolor, "pixel art": pixel_art,
-         "pencil sketch": pencil_sketch, "neon": neon}
+PAINT = {"plain": plain, "watercolor": watercolor, "pixel art": pixel_art, "pencil sketch": pencil_sketch, "neon": neon}

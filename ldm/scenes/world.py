@@ -27,15 +27,21 @@ NEW_STYLE = "neon"
 
 # Width and height of each kind as a share of its larger extent.
 BOXES = {
-    "house": (1.0, 0.96), "tree": (0.80, 1.0), "flower": (0.74, 1.0), "boat": (1.0, 0.96),
-    "car": (1.0, 0.58), "balloon": (0.80, 1.0), "star": (1.0, 0.93), "fish": (1.0, 0.68),
+    "house": (1.0, 0.96),
+    "tree": (0.80, 1.0),
+    "flower": (0.74, 1.0),
+    "boat": (1.0, 0.96),
+    "car": (1.0, 0.58),
+    "balloon": (0.80, 1.0),
+    "star": (1.0, 0.93),
+    "fish": (1.0, 0.68),
     "mushroom": (0.96, 1.0),
 }
 SKY_KINDS = ("balloon", "star")  # these float; every other kind belongs to the ground
 
-MARGIN = 8       # no thing comes nearer to the frame than this (watercolor leaves a paper border)
-MIN_GAP = 40     # two things' centres are at least this far apart in x
-HELD_OUT_IN = 10 # one combination in this many is held out
+MARGIN = 8  # no thing comes nearer to the frame than this (watercolor leaves a paper border)
+MIN_GAP = 40  # two things' centres are at least this far apart in x
+HELD_OUT_IN = 10  # one combination in this many is held out
 
 
 @dataclass(frozen=True)
@@ -99,14 +105,10 @@ def held_out_combination(kind: str, color: str, time: str, ground: str, style: s
 
 def held_out(scene: Scene) -> bool:
     """True if ANY thing of the scene forms a held-out combination."""
-    return any(
-        held_out_combination(t.kind, t.color, scene.time, scene.ground, scene.style)
-        for t in scene.things
-    )
+    return any(held_out_combination(t.kind, t.color, scene.time, scene.ground, scene.style) for t in scene.things)
 
 
-def sample(seed: int, split: str = "train", style=None, time=None, ground=None,
-           kind=None, n=None) -> Scene:
+def sample(seed: int, split: str = "train", style=None, time=None, ground=None, kind=None, n=None) -> Scene:
     """Draw a scene at random, uniformly over the attributes; the same seed gives the same scene.
 
     seed:   a non-negative whole number
@@ -152,11 +154,11 @@ def pick(rng, options) -> str:
 def place(rng, seed: int, kinds, colors, sizes) -> tuple[Thing, ...]:
     """Choose positions: inside the frame, and two things clearly beside each other."""
     sides = [extent(seed, i, size, len(kinds) > 1) for i, size in enumerate(sizes)]
-    widths = [side * BOXES[kind][0] for side, kind in zip(sides, kinds)]
-    heights = [side * BOXES[kind][1] for side, kind in zip(sides, kinds)]
+    widths = [side * BOXES[kind][0] for side, kind in zip(sides, kinds, strict=True)]
+    heights = [side * BOXES[kind][1] for side, kind in zip(sides, kinds, strict=True)]
     xs = places_across(rng, widths)
     things = []
-    for kind, color, size, x, high in zip(kinds, colors, sizes, xs, heights):
+    for kind, color, size, x, high in zip(kinds, colors, sizes, xs, heights, strict=True):
         if kind in SKY_KINDS:
             top = MARGIN + rng.uniform(0, 12 if size == "large" else 22)
             y = top + high / 2
@@ -175,9 +177,9 @@ def places_across(rng, widths) -> list[float]:
     if len(widths) == 1:
         return [rng.uniform(left[0], PIXELS - left[0])]
     half = sum(widths) / 2
-    widest = PIXELS - 2 * MARGIN - half           # centres cannot be further apart than this
+    widest = PIXELS - 2 * MARGIN - half  # centres cannot be further apart than this
     closest = min(max(MIN_GAP, 0.92 * half), widest)  # a slight overlap is allowed
     gap = rng.uniform(closest, widest)
-    first = int(rng.random() < 0.5)               # which of the two is on the left
+    first = int(rng.random() < 0.5)  # which of the two is on the left
     x = rng.uniform(left[first], left[first] + widest - gap)
     return [x, x + gap] if first == 0 else [x + gap, x]

@@ -60,12 +60,12 @@ class Checker(nn.Module):
             if i + 1 < len(widths):
                 layers += [nn.Conv2d(width, widths[i + 1], 3, stride=2, padding=1)]
         self.features = nn.Sequential(*layers)
-        self.mix = nn.Sequential(nn.Conv2d(widths[-1], widths[-1], 3, padding=1), nn.GroupNorm(4, widths[-1]), nn.SiLU())
-        self.hidden = nn.Linear(widths[-1] * 64, 128)
-        self.heads = nn.ModuleList(nn.Linear(128, len(options)) for options in QUESTIONS.values())
+        self.mix = nn.Sequential(nn.Conv2d(widths[-1], 48, 3, padding=1), nn.GroupNorm(4, 48), nn.SiLU())
+        self.hidden = nn.Linear(48 * 64, 96)
+        self.heads = nn.ModuleList(nn.Linear(96, len(options)) for options in QUESTIONS.values())
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        h = self.mix(self.features(x)).flatten(1)  # (B, C*8*8)
+        h = self.mix(self.features(x)).flatten(1)  # (B, 48*8*8)
         h = F.silu(self.hidden(h))
         return [head(h) for head in self.heads]
 
@@ -74,14 +74,17 @@ class Checker(nn.Module):
         """What each picture (B, 3, 128, 128) shows, in the words of `answers`."""
         picks = [logits.argmax(dim=1).tolist() for logits in self(x)]
         questions = list(QUESTIONS.items())
-        return [{q: options[pick[b]] for (q, options), pick in zip(questions, picks, strict=True)} for b in range(len(x))]
+        return [
+            {q: options[pick[b]] for (q, options), pick in zip(questions, picks, strict=True)} for b in range(len(x))
+        ]
 
 
 @dataclass(frozen=True)
 class Recipe:
     pictures: int = 12000
-    steps: int = 2000
-    batch: int = 64
+    held_out: int = 512  # pictures of held-out combinations, to measure on
+    steps: int = 1500
+    batch: int = 32
     lr: float = 2e-3
     seed: int = 0
     device: str = "cpu"
@@ -112,7 +115,7 @@ def accuracy(checker: Checker, data: Pictures) -> dict[str, float]:
 def train(folder: Path, recipe: Recipe = Recipe()) -> None:
     """Train in `folder`/checker, or go on where it stopped; at the end write the averaged network there."""
     data = pictures(folder / "data", recipe.pictures)
-    held = pictures(folder / "data", 512, "held-out", first=10_000_000)
+    held = pictures(folder / "data", recipe.held_out, "held-out", first=10_000_000)
     truth = torch.tensor([labels(scene) for scene in data.scenes])  # (N, questions)
     torch.manual_seed(recipe.seed)
     checker = Checker().to(recipe.device, memory_format=torch.channels_last)

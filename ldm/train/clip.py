@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.io.weights import save_weights, write_json
+from ldm.io.weights import save_weights
 from ldm.text.clip import INITIAL_SCALE, ImageEncoder, TextConfig, TextEncoder, VisionConfig, contrastive_loss
 from ldm.text.tokenizer import Tokenizer
-from ldm.train.common import Optimizer, Run, step_generator, trapezoid
+from ldm.train.common import Optimizer, Run, step_generator, trapezoid, write_model
 from ldm.train.data import Pictures, pictures
 from ldm.train.vocabulary import save_vocabulary, train_vocabulary
 
@@ -25,6 +25,7 @@ IMAGE_SIZE, PATCH = 64, 8  # the tower looks at pictures of half the size: enoug
 @dataclass(frozen=True)
 class Recipe:
     pictures: int = 12000
+    held_out: int = 512  # pictures of held-out combinations, to measure on
     vocabulary: int = 672
     steps: int = 900
     batch: int = 128
@@ -106,7 +107,7 @@ def recall(clip: CLIP, held: Pictures, ids: Tensor, count: int = 256) -> float:
 def train(folder: Path, recipe: Recipe = Recipe()) -> None:
     """Train in `folder`/clip, or go on where it stopped; at the end write both towers there as transformers would."""
     data = pictures(folder / "data", recipe.pictures)
-    held = pictures(folder / "data", 512, "held-out", first=10_000_000)
+    held = pictures(folder / "data", recipe.held_out, "held-out", first=10_000_000)
     tokenizer = make_tokenizer(folder / "tokenizer", data, recipe.vocabulary)
     ids = torch.stack([tokenizer(words).ids for words in data.captions])  # (N, 4, 77)
     held_ids = tokenizer([words[0] for words in held.captions]).ids
@@ -128,6 +129,5 @@ def train(folder: Path, recipe: Recipe = Recipe()) -> None:
         if (step + 1) % 150 == 0 or step + 1 == recipe.steps:
             run.log(step + 1, recall=recall(clip, held, held_ids))
     for name, tower in (("text", clip.text), ("vision", clip.vision)):
-        write_json(folder / "clip" / name / "config.json", tower.config.to_json())
-        save_weights(tower.state_dict(), folder / "clip" / name / "model.safetensors")
+        write_model(folder / "clip" / name, tower, "model")
     save_weights({"logit_scale": clip.logit_scale.detach()}, folder / "clip" / "logit_scale.safetensors")

@@ -1,4 +1,4 @@
-"""What every training loop of this folder shares: the run's folder, the rate, the average of the weights, the picture sheets.
+"""What every training loop of this folder shares: the run's folder, the rate, the averaged weights, the picture sheets.
 
 The loops themselves stay in the open, one a file. Everything random in a step is drawn from (seed, step), so a run that
 was killed and resumed takes the very steps that an unbroken one takes.
@@ -6,8 +6,11 @@ was killed and resumed takes the very steps that an unbroken one takes.
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.io.atomic import atomic_file
+from ldm.io.weights import save_weights, write_json
 from ldm.train.muon import Muon, split_parameters
 
 
@@ -63,6 +67,13 @@ class Optimizer:
         self.adamw.load_state_dict(state["adamw"])
 
 
+def write_model(folder: Path, model: nn.Module, stem: str, config: object = None) -> None:
+    """`config.json` and the weights; `stem` is diffusers' "diffusion_pytorch_model" or transformers' "model"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", (config or model.config).to_json())
+    save_weights(model.state_dict(), folder / f"{stem}.safetensors")
+
+
 class EMA:
     """Exponential moving average of a model's weights, the weights one ships (Ho et al. 2020, appendix B).
 
@@ -86,6 +97,27 @@ class EMA:
         self.average = state
 
 
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Hold back the first Ctrl-C; the function that is yielded tells whether it came."""
+    came = False
+
+    def hold(signum, frame):
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield lambda: False
+        return
+    old = signal.signal(signal.SIGINT, hold)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
 class Run:
     """One training's folder: `state.pt` (everything needed to go on), `log.jsonl`, and sheets of samples."""
 
@@ -101,19 +133,22 @@ class Run:
             self.step, self.seconds = state["step"], state["seconds"]
 
     def steps(self) -> Iterator[int]:
-        """Count from where the run stands to its end, with a progress bar; saves now and then, at the end and on Ctrl-C."""
+        """Count from where the run stands to its end, with a progress bar; saves now and then, and at the end.
+
+        Ctrl-C lets the step in hand finish, saves, and then stops; a second Ctrl-C stops at once.
+        """
         start = saved = time.monotonic()
         before = self.seconds
         self.bar = tqdm(range(self.step, self.total), initial=self.step, total=self.total, desc=self.folder.name)
-        try:
+        with interruptible() as interrupted:
             for step in self.bar:
                 yield step
                 self.step, self.seconds = step + 1, before + time.monotonic() - start
-                if time.monotonic() - saved > self.save_every:
+                if time.monotonic() - saved > self.save_every or interrupted() or self.step == self.total:
                     self.save()
                     saved = time.monotonic()
-        finally:
-            self.save()
+                if interrupted():
+                    raise KeyboardInterrupt
 
     def save(self) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()}

@@ -1,6 +1,6 @@
 """Train the UNet: show it latents with noise, and the caption, and ask for the noise.
 
-    t ~ uniform;  x = alpha_t x0 + sigma_t eps;  loss = w(t) |unet(x, t, text) - eps|^2       (Ho et al. 2020, equation 14)
+    t ~ uniform;  x = alpha_t x0 + sigma_t eps;  loss = w(t) |unet(x, t, text) - eps|^2    (Ho et al. 2020, equation 14)
 
 One caption in ten is replaced by the empty one, so that the same network also learns the unconditional prediction that
 guidance needs (Ho & Salimans 2022, algorithm 1). w(t) = min(SNR, 5) / SNR keeps the nearly clean levels, of which there
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldm.diffusion import add_noise, target
 from ldm.guidance import classifier_free, denoiser
 from ldm.io.folders import read_json
-from ldm.io.weights import load_weights, read_tensors, save_weights, write_json
+from ldm.io.weights import load_weights, read_tensors, save_weights
 from ldm.models.unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.noise import Noise
@@ -25,7 +25,7 @@ from ldm.samplers import dpmpp_2m, sample
 from ldm.schedules import ScheduleConfig, alpha_bars, make_schedule
 from ldm.text.clip import TextConfig, TextEncoder
 from ldm.text.tokenizer import Tokenizer
-from ldm.train.common import EMA, Optimizer, Run, step_generator, trapezoid
+from ldm.train.common import EMA, Optimizer, Run, step_generator, trapezoid, write_model
 from ldm.train.data import Pictures, pictures
 
 CONFIG = UNetConfig(
@@ -65,6 +65,7 @@ SCHEDULER = {  # Stable Diffusion 1's schedule, as diffusers writes it
 @dataclass(frozen=True)
 class Recipe:
     pictures: int = 12000
+    held_out: int = 512  # pictures of held-out combinations, to measure on
     steps: int = 6000
     batch: int = 32
     lr: float = 2e-3
@@ -79,7 +80,7 @@ class Recipe:
 
 @torch.no_grad()
 def encode_pictures(vae: VAE, data: Pictures, path: Path, device: str) -> tuple[Tensor, Tensor]:
-    """Means and deviations (N, 4, 16, 16) of the pictures' latents, scaled to unit variance; computed once, kept in `path`."""
+    """Means and deviations (N, 4, 16, 16) of the pictures' latents, scaled to unit variance; kept in `path`."""
     if not path.exists():
         means, deviations = [], []
         for start in tqdm(range(0, len(data), 32), desc=f"encoding {path.stem}"):
@@ -94,7 +95,7 @@ def encode_pictures(vae: VAE, data: Pictures, path: Path, device: str) -> tuple[
 def loss(
     unet: UNet, x0: Tensor, context: Tensor, t: Tensor, eps: Tensor, bars: Tensor, snr_cap: float, prediction: str
 ) -> Tensor:
-    """`x0`, `eps` (B, 4, h, w), `context` (B, 77, D), `t` (B,) whole timesteps, `bars` (1000,) alpha^2 at each of them."""
+    """`x0`, `eps` (B, 4, h, w), `context` (B, 77, D), `t` (B,) whole timesteps, `bars` (1000,) alpha^2 at each."""
     bar = bars[t].view(-1, 1, 1, 1)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
     out = unet(add_noise(x0, eps, alpha, sigma), t, context)
@@ -132,14 +133,12 @@ def held_out_loss(
 ) -> float:
     """The loss on 256 held-out pictures, always with the same noise and timesteps, so that runs can be compared."""
     generator, device = torch.Generator().manual_seed(0), bars.device
-    total, n = 0.0, 256
+    total, n = 0.0, min(256, len(x0))
     t = ((torch.arange(n) + 0.5) / n * 1000).long()
     eps = torch.randn(x0[:n].shape, generator=generator)
-    for k in range(0, n, 32):
-        rows = torch.arange(k // 32, n, n // 32)  # every batch sees all noise levels
+    for rows in torch.arange(n).split(32):
         context = parts["text"].context(ids[rows].to(device))
-        batch = (v[rows].to(device) for v in (x0, t, eps))
-        z, times, noise = batch
+        z, times, noise = (v[rows].to(device) for v in (x0, t, eps))
         prediction = scheduler.prediction_type
         total += loss(parts["unet"], z, context, times, noise, bars, recipe.snr_cap, prediction).item() * len(rows)
     return total / n
@@ -159,10 +158,10 @@ def draw(parts: torch.nn.ModuleDict, vae: VAE, ids: Tensor, empty: Tensor, sched
 
 
 def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
-    """Train in `folder`/`name`, or go on where it stopped; at the end write the averaged UNet and text encoder there."""
+    """Train in `folder`/`name`, or go on where it stopped; at the end write the averaged UNet and text tower there."""
     device = recipe.device
     data = pictures(folder / "data", recipe.pictures)
-    held = pictures(folder / "data", 512, "held-out", first=10_000_000)
+    held = pictures(folder / "data", recipe.held_out, "held-out", first=10_000_000)
     tokenizer, text, vae = load_parts(folder, device)
     mean, deviation = encode_pictures(vae, data, folder / "data" / "latents.safetensors", device)
     held_mean, _ = encode_pictures(vae, held, folder / "data" / "latents-held-out.safetensors", device)
@@ -203,6 +202,5 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
             run.sheet(step + 1, draw(averaged, vae, held_ids[:32], empty, scheduler), columns=8)
 
     averaged = average_of(ema, text.config, "cpu")
-    for part, stem, cls in (("unet", "diffusion_pytorch_model", UNet), ("text", "model", TextEncoder)):
-        write_json(folder / name / part / "config.json", averaged[part].config.to_json())
-        save_weights(averaged[part].state_dict(), folder / name / part / f"{stem}.safetensors")
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text", "model")):
+        write_model(folder / name / part, averaged[part], stem)

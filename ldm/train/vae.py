@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.io.weights import save_weights, write_json
 from ldm.models.vae import VAE, VAEConfig
-from ldm.train.common import EMA, Optimizer, Run, trapezoid, step_generator
+from ldm.train.common import EMA, Optimizer, Run, step_generator, trapezoid, write_model
 from ldm.train.data import Pictures, pictures, to_tensor
 
 CONFIG = VAEConfig(
@@ -31,6 +30,7 @@ CONFIG = VAEConfig(
 @dataclass(frozen=True)
 class Recipe:
     pictures: int = 12000
+    held_out: int = 512  # pictures of held-out combinations, to measure on
     steps: int = 2600
     batch: int = 16
     crop: int = 64
@@ -81,7 +81,7 @@ def loss(vae: VAE, x: Tensor, weight: Tensor, noise: Tensor, kl_weight: float) -
 
 
 def psnr(y: Tensor, x: Tensor, mask: Tensor | None = None) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], over all pixels or those where `mask` (B, H, W) is set."""
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], over all pixels or where `mask` (B, H, W) is set."""
     error = (y.clamp(-1, 1) - x).square().mean(dim=1)  # (B, H, W)
     return (10 * torch.log10(4 / (error if mask is None else error[mask]).mean())).item()
 
@@ -112,9 +112,9 @@ def latent_scale(vae: VAE, data: Pictures, count: int = 1024) -> float:
 
 
 def train(folder: Path, recipe: Recipe = Recipe(), config: VAEConfig = CONFIG) -> None:
-    """Train in `folder`/vae, or go on where it stopped; at the end write the averaged model there, its scale measured."""
+    """Train in `folder`/vae, or go on where it stopped; at the end write the averaged model there, with its scale."""
     data = pictures(folder / "data", recipe.pictures)
-    held = pictures(folder / "data", 512, "held-out", first=10_000_000)
+    held = pictures(folder / "data", recipe.held_out, "held-out", first=10_000_000)
     torch.manual_seed(recipe.seed)
     vae = VAE(config).to(recipe.device, memory_format=torch.channels_last)
     optimizer, ema = Optimizer([vae], recipe.lr), EMA(vae, 0.998)
@@ -138,5 +138,4 @@ def train(folder: Path, recipe: Recipe = Recipe(), config: VAEConfig = CONFIG) -
     averaged = VAE(config).requires_grad_(False)
     averaged.load_state_dict({name: p.cpu() for name, p in ema.average.items()})
     config = replace(config, scaling_factor=float(f"{latent_scale(averaged, data):.5g}"))
-    write_json(folder / "vae" / "config.json", config.to_json())
-    save_weights(averaged.state_dict(), folder / "vae" / "diffusion_pytorch_model.safetensors")
+    write_model(folder / "vae", averaged, "diffusion_pytorch_model", config)

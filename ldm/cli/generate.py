@@ -1,0 +1,203 @@
+"""`ldm generate`: from sentences to PNG files, each of which can tell how it was made."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.cli.inside import SHEET, Inside, other_run
+from ldm.cli.options import SEED, add_model_options, open_model, progress, real, whole
+from ldm.cli.plan import Job, batches, make_folder, obstacle, plan, prepare, read_prompts
+from ldm.cli.record import DECIDES, make_record, pixel_hash
+from ldm.errors import LDMError
+from ldm.io.png import save_png
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from ldm.pipeline import Settings
+
+SETTINGS = ("negative", "steps", "guidance", "sampler", "eta", "width", "height")  # options that `Settings` knows
+
+HELP = """Draw pictures from a sentence, or from a file of sentences.
+
+  ldm generate "a large red house on snow at night" --seed 7 --out picture.png
+  ldm generate "a small blue fish" --count 4 --save-steps inside/
+  ldm generate --prompts prompts.txt --out pictures/
+
+Each PNG carries its prompt, seed, settings and the model's hash: `ldm rerun picture.png` draws it again."""
+
+NAMES = """where the pictures go:
+  --out name.png     that file; with --count, name-SEED.png. An earlier picture by ldm of that name is replaced.
+  --out folder/      PROMPT-SEED.png in it. A picture that is there already is not drawn again, so a long run that
+                     was stopped goes on when the same command is given again. One that was drawn with other
+                     settings is never replaced unless you say --overwrite.
+  no --out           as a folder: the present one, or pictures/ with --prompts.
+"""
+
+
+def add(commands: "argparse._SubParsersAction") -> None:
+    p = commands.add_parser("generate", help="draw pictures from sentences", description=HELP, epilog=NAMES)
+    p.set_defaults(run=run, refuse=p.error)
+    p.add_argument("prompt", nargs="?", help='what to draw; "" draws without a prompt')
+    p.add_argument(
+        "--prompts", metavar="FILE", help="a text file of prompts, one a line; lines that begin with # are passed over"
+    )
+    p.add_argument("--out", metavar="PATH", help="a .png file or a folder (see below)")
+    p.add_argument("--seed", type=SEED, default=0, help="picture k of a prompt is drawn from seed + k (default: 0)")
+    p.add_argument("--count", type=whole(1), default=1, metavar="N", help="pictures for each prompt (default: 1)")
+    add_model_options(p)
+    model = "(default: the model's own)"
+    p.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from")
+    p.add_argument("--steps", type=whole(1), metavar="N", help=f"steps from noise to picture {model}")
+    p.add_argument(
+        "--guidance",
+        type=real(),
+        metavar="SCALE",
+        help=f"how strongly the prompt counts; 1 or less: no guidance {model}",
+    )
+    p.add_argument(
+        "--sampler", metavar="NAME", help=f"ddim, ddpm, euler, dpm++; a wrong name is answered with all of them {model}"
+    )
+    p.add_argument("--eta", type=real(0, 1), default=0.0, help="noise that ddim adds on the way, 0 to 1 (default: 0)")
+    p.add_argument("--width", type=whole(1), metavar="PIXELS", help=f"a multiple of 8 {model}")
+    p.add_argument("--height", type=whole(1), metavar="PIXELS", help=f"a multiple of 8 {model}")
+    p.add_argument(
+        "--clip-skip",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="layers of the text encoder to leave out at its end (default: 0)",
+    )
+    p.add_argument(
+        "--save-steps",
+        metavar="DIR",
+        help="write there the predicted picture at every step, and a contact sheet of them",
+    )
+    p.add_argument(
+        "--batch",
+        type=whole(1),
+        default=4,
+        metavar="N",
+        help="pictures drawn together; in a batch, one may differ by a grey level (default: 4)",
+    )
+    p.add_argument(
+        "--one-by-one", action="store_true", help="draw each picture alone, so that its bits don't depend on the others"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace whatever has the name of a picture to be drawn")
+
+
+def run(args: argparse.Namespace) -> None:
+    prompts = wanted(args)
+    jobs = plan(prompts, range(args.seed, args.seed + args.count), args.out, many=args.prompts is not None)
+    prepare(jobs, args.overwrite)
+    if args.save_steps:
+        make_folder(Path(args.save_steps))
+    drawing = Drawing(args, several=len(jobs) > 1)
+    drawing.check(jobs[0])
+    waiting = drawing.waiting(jobs)
+    if len(waiting) < len(jobs):
+        print(f"{len(jobs) - len(waiting)} of {len(jobs)} pictures are drawn already.", file=sys.stderr)
+    if waiting:
+        drawing.draw_all(batches(waiting, 1 if args.one_by_one else args.batch))
+
+
+def wanted(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, or of its file."""
+    if (args.prompt is None) == (args.prompts is None):
+        args.refuse("say what to draw: one prompt in quotation marks, or --prompts FILE, and not both")
+    prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
+    for text in (*prompts, args.negative):
+        if not text.isascii() and any(
+            "\ud800" <= char <= "\udfff" for char in text
+        ):  # bytes that Python could not read
+            raise LDMError("The prompt is not valid UTF-8 text: check the encoding of your terminal.")
+    return prompts
+
+
+class Drawing:
+    """What stays the same over all pictures of a command: the model, the settings, the places."""
+
+    def __init__(self, args: argparse.Namespace, several: bool):
+        self.args, self.several = args, several
+        self.pipe, self.model_hash = open_model(args.model, args.dtype, args.device)
+        self.options = {name: getattr(args, name) for name in SETTINGS}
+
+    def settings(self, job: Job) -> "Settings":
+        return self.pipe.settings(job.prompt, seed=job.seed, **self.options)
+
+    def record(self, job: Job, batch: int = 1) -> dict:
+        return make_record(
+            self.pipe, self.args.model, self.model_hash(), self.settings(job), self.args.clip_skip, batch
+        )
+
+    def inside(self, job: Job) -> Path:
+        """Where the steps of this picture go: the folder itself, or one inside it for each of several pictures."""
+        return Path(self.args.save_steps, job.path.stem) if self.several else Path(self.args.save_steps)
+
+    def check(self, job: Job) -> None:
+        """Refuse at once, before anything is drawn, what the model cannot do; and say which options do nothing."""
+        settings = self.settings(job)
+        self.pipe.schedule(settings.steps)
+        if settings.eta and settings.sampler != "ddim":
+            raise LDMError(f"--eta is an option of the sampler ddim, not of {settings.sampler}: add --sampler ddim.")
+        if settings.guidance <= 1 and self.args.negative:
+            print("Without guidance (1 or less) the negative prompt does nothing.", file=sys.stderr)
+
+    def waiting(self, jobs: list[Job]) -> list[Job]:
+        """The pictures that are still to be drawn. Raises LDMError if something else stands in their places."""
+        obstacles, waiting = [], []
+        for job in jobs:
+            there = job.path.exists() and not job.named
+            reasons = [self.in_the_way(job)] if there else []
+            if self.args.save_steps:
+                reasons.append(other_run(self.inside(job), self.record(job)))
+                there = there and (self.inside(job) / SHEET).exists()
+            obstacles += [reason for reason in reasons if reason][:1]
+            if not there or any(reasons):
+                waiting.append(job)
+        if obstacles and not self.args.overwrite:
+            more = f" (and {len(obstacles) - 1} more like it)" if len(obstacles) > 1 else ""
+            raise LDMError(f"{obstacles[0]}{more}: choose another place, or say --overwrite.")
+        return waiting
+
+    def in_the_way(self, job: Job) -> str | None:
+        # Asked for one by one, a picture that was drawn in a batch is another one: by a grey level.
+        return obstacle(job.path, self.record(job), (*DECIDES, "batch") if self.args.one_by_one else tuple(DECIDES))
+
+    def draw_all(self, groups: list[list[Job]]) -> None:
+        """Draw batch after batch, and tell the name of each picture as it is written."""
+        steps = self.settings(groups[0][0]).steps
+        done, total = 0, sum(map(len, groups))
+        with progress(steps * len(groups)) as bar:
+            try:
+                for group in groups:
+                    bar.set_description(f"picture {done + 1} of {total}" if total > 1 else "drawing")
+                    for job in self.draw(group, bar):
+                        done += 1
+                        bar.write(str(job.path), file=sys.stdout)
+            except KeyboardInterrupt:
+                bar.leave = True  # it shows how far we came
+                again = "" if groups[0][0].named else "; the same command draws the others"
+                raise KeyboardInterrupt(f"Stopped: {done} of {total} pictures are finished{again}.") from None
+
+    def draw(self, group: list[Job], bar: "tqdm") -> Iterator[Job]:
+        """Draw one batch and write its pictures; yield each job when its file is whole."""
+        records = [self.record(job, len(group)) for job in group]
+        inside = []
+        if self.args.save_steps:
+            inside = [Inside(self.inside(job), record) for job, record in zip(group, records, strict=True)]
+        bar.clear()  # the first step may have something to say about the prompt
+        run = self.pipe.steps(
+            group[0].prompt, seed=group[0].seed, count=len(group), clip_skip=self.args.clip_skip, **self.options
+        )
+        for step in run:
+            for each, image in zip(inside, self.pipe.decode(step.x0) if inside else [], strict=True):
+                each.add(image, step.level)
+            bar.update()
+        for each in inside:
+            each.finish()
+        for job, image, record in zip(group, self.pipe.decode(step.x), records, strict=True):
+            save_png(image, job.path, record | {"pixels": pixel_hash(image)})
+            yield job

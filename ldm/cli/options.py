@@ -1,0 +1,149 @@
+"""What the commands share: a parser that answers in one sentence, and the kinds of values that options take."""
+
+import argparse
+import math
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from ldm.errors import LDMError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+    from ldm.pipeline import Pipeline
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+DEVICES = ("cpu", "cuda", "mps")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without its page of usage before the sentence, and without abbreviated options."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"ldm: {message[0].upper()}{message[1:]}. See `{self.prog} --help`.\n")
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The kind of option that is a whole number between two ends."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        if number < least or most is not None and number > most:
+            range_ = f"{least} or more" if most is None or number < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"must be {range_}, not {number}")
+        return number
+
+    return read
+
+
+def real(least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
+    """The kind of option that is a finite number between two ends."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+        if not math.isfinite(number) or not least <= number <= most:
+            range_ = "finite" if math.isinf(least) else f"{least:g} or more" if math.isinf(most) else None
+            raise argparse.ArgumentTypeError(f"must be {range_ or f'between {least:g} and {most:g}'}, not {text}")
+        return number
+
+    return read
+
+
+def one_of(known: tuple[str, ...]) -> Callable[[str], str]:
+    """The kind of option that is one of a few words."""
+
+    def read(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(
+                f"must be {' or '.join(known)}, not {text!r}.{nearest(text, known)}".rstrip(".")
+            )
+        return text
+
+    return read
+
+
+SEED = whole(0, 2**63 - 1)  # what torch takes, with room for the seeds after it
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="scenes", help="an embedded model's name, or a folder in diffusers' format (default: scenes)"
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--dtype", default="float32", type=one_of(DTYPES), help=f"{', '.join(DTYPES)} (default: float32)"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser, default: str | None = "cpu") -> None:
+    parser.add_argument("--device", default=default, help="cpu, cuda, cuda:1, mps (default: cpu)")
+
+
+def find_device(name: str) -> "torch.device":
+    """The device of that name. Raises LDMError if there is no such device, here or at all."""
+    import torch
+
+    match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", name)
+    if match is None:
+        raise LDMError(f"Unknown device {name!r}: ldm knows {', '.join(DEVICES)}.{nearest(name, DEVICES)}")
+    kind, number = match[1], int(match[2] or 0)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if number >= count:
+        here = "this torch sees no such device here" if count == 0 else f"the last one here is {kind}:{count - 1}"
+        raise LDMError(f"There is no device {name!r}: {here}. Use --device cpu, or install a torch built for it.")
+    return torch.device(name)
+
+
+def open_model(name: str, dtype: str, device: str) -> tuple["Pipeline", Callable[[], str]]:
+    """The model, and a function that tells its hash: that is computed meanwhile, for large models take seconds."""
+    import torch
+
+    from ldm.io.folders import folder_hash
+    from ldm.loading import find_model, load
+
+    where = find_device(device)
+    folder = find_model(name)
+    model_hash = Background(folder_hash, folder)
+    return load(name, getattr(torch, dtype), where), model_hash.result
+
+
+class Background(threading.Thread):
+    """A function that runs while others do; `result` waits for it. A daemon: Ctrl-C doesn't wait."""
+
+    def __init__(self, function: Callable[[Path], str], argument: Path):
+        super().__init__(daemon=True)
+        self.function, self.argument, self.value, self.error = function, argument, "", None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.value = self.function(self.argument)
+        except Exception as error:  # told to whoever asks for the result
+            self.error = error
+
+    def result(self) -> str:
+        self.join()
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+def progress(total: int, unit: str = "step") -> "tqdm":
+    """A bar on stderr, if a person is looking at it."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, file=sys.stderr, disable=None, dynamic_ncols=True, leave=False)

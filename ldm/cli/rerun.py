@@ -1,0 +1,112 @@
+"""`ldm rerun picture.png`: draw a picture again from what its file says of itself, and compare."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.cli.options import DTYPES, add_device, find_device, open_model, progress
+from ldm.cli.plan import prepare_file
+from ldm.cli.record import SURROUNDS, differences, make_record, pixel_hash, read_record
+from ldm.errors import LDMError
+from ldm.io.png import save_png
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+HELP = """Draw a picture again from the settings in its PNG, and compare the two.
+
+Says "identical", or "within one grey level" (as a picture that was drawn in a batch may be), or how far they are apart
+and what is different now: the model, the versions, the device. Exit status 1 if they differ by more."""
+
+
+def add(commands: "argparse._SubParsersAction") -> None:
+    p = commands.add_parser("rerun", help="draw a picture again from its PNG, and compare", description=HELP)
+    p.set_defaults(run=run)
+    p.add_argument("picture", help="a PNG that ldm drew")
+    p.add_argument("--model", help="the model, if it is not where it was (default: the one the picture names)")
+    p.add_argument("--out", metavar="PNG", help="write the new picture there (default: it is only compared)")
+    p.add_argument("--overwrite", action="store_true", help="replace whatever --out names")
+    add_device(p, default=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    old, image = read_record(args.picture), read_pixels(args.picture)
+    if image.size != (old["width"], old["height"]) or old["dtype"] not in DTYPES:
+        raise LDMError(f"{args.picture}: the picture and its settings don't belong together; it was changed since.")
+    if args.out:
+        prepare_file(Path(args.out), args.overwrite)
+    new_image, new = draw_again(args, old)
+    if args.out:
+        save_png(new_image, args.out, new)
+        print(args.out)
+    return report(args.picture, old, image, new, new_image)
+
+
+def read_pixels(path: str) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # SyntaxError: Pillow's "broken PNG"
+        raise LDMError(f"{path} is damaged ({error}): take another copy of it.") from error
+
+
+def draw_again(args: argparse.Namespace, old: dict) -> tuple["Image.Image", dict]:
+    """The new picture, drawn alone, and its record."""
+    try:
+        pipe, model_hash = open_model(args.model or old["model"], old["dtype"], args.device or device_of(old))
+    except LDMError as error:
+        hint = "" if args.model else f" (The picture names the model {old['model']!r}; --model says where it is now.)"
+        raise LDMError(f"{error}{hint}") from error
+    names = ("negative", "seed", "steps", "guidance", "sampler", "eta", "width", "height")
+    options = {name: old[name] for name in names}
+    settings = pipe.settings(old["prompt"], **options)
+    with progress(settings.steps) as bar:
+        bar.set_description("drawing again")
+        bar.clear()
+        for step in pipe.steps(old["prompt"], clip_skip=old["clip_skip"], **options):
+            bar.update()
+        image = pipe.decode(step.x)[0]
+    record = make_record(pipe, args.model or old["model"], model_hash(), settings, old["clip_skip"], batch=1)
+    return image, record | {"pixels": pixel_hash(image)}
+
+
+def device_of(old: dict) -> str:
+    """The device it was drawn on, or the CPU where there is none such."""
+    try:
+        find_device(old["device"])
+        return old["device"]
+    except LDMError:
+        print(f"There is no device {old['device']!r} here: drawing on the CPU.", file=sys.stderr)
+        return "cpu"
+
+
+def report(path: str, old: dict, image: "Image.Image", new: dict, new_image: "Image.Image") -> int:
+    """Print how far the pictures are apart, and why if they are; the exit status."""
+    import numpy as np
+
+    apart = np.abs(np.asarray(image, dtype=np.int16) - np.asarray(new_image, dtype=np.int16)).max(axis=2)
+    where = f"{int((apart > 0).sum())} of {apart.size} pixels"
+    if apart.max() == 0:
+        print(f"{path}: identical.")
+    elif apart.max() == 1:
+        print(f"{path}: within one grey level ({where} differ).")
+    else:
+        print(f"{path}: different in {where}, by up to {int(apart.max())} grey levels of 255.")
+    names = ("model_hash", *(n for n in SURROUNDS if n != "batch" or apart.any()))
+    changed = differences(old, new, names)
+    if pixel_hash(image) != old.get("pixels"):
+        same = "; those that were are drawn again exactly" if new["pixels"] == old.get("pixels") else ""
+        changed.append(f"pixels: the file's are not those that were drawn, it was edited since{same}")
+    for line in changed:
+        print(f"  {line}")
+    if apart.max() > 1 and not changed:
+        print("  nothing that the file records is different: the processor or the number of threads may be")
+    return int(apart.max() > 1)

@@ -1,0 +1,127 @@
+"""`ldm train`: draw the training pictures, train the parts of the model of scenes one after the other, export them."""
+
+import argparse
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+from ldm.cli.options import SEED, add_device, find_device, one_of, real, whole
+from ldm.errors import LDMError, nearest
+
+# In the order in which they build on each other; each is a module of `ldm.train` with a `Recipe` and a `train`.
+STAGES = {
+    "vae": "the autoencoder: pictures to latents and back",
+    "clip": "the text encoder, together with one of images",
+    "checker": "the network that reads from a picture what it shows",
+    "unet": "the UNet, which removes noise; needs vae and clip",
+}
+NEEDS = {"unet": ("vae", "clip")}
+HELP = """Train the embedded model of scenes from nothing.
+
+  ldm train all                      everything, in order: some hours on two cores
+  ldm train vae --steps 200          one stage
+  ldm train export --to my-model     put the parts together: a model folder for `ldm generate --model my-model`
+
+Ctrl-C saves and stops; the same command goes on from there. Losses go to STAGE/log.jsonl in the run's folder, pictures
+to STAGE/sheet-*.png."""
+
+
+def add(commands: "argparse._SubParsersAction") -> None:
+    p = commands.add_parser("train", help="train the embedded model of scenes from nothing", description=HELP)
+    stages = p.add_subparsers(metavar="STAGE", required=True, title="stages")
+    for name, what in STAGES.items():
+        add_stage(stages.add_parser(name, help=what, description=f"Train {what}."), name)
+    add_stage(
+        stages.add_parser("all", help="all of these, in this order", description="Train everything, in order."), "all"
+    )
+    add_export(stages.add_parser("export", help="put the trained parts together as a model folder"))
+
+
+def add_stage(p: argparse.ArgumentParser, stage: str) -> None:
+    recipe = "(default: the recipe's)"
+    p.set_defaults(run=run, stage=stage)
+    p.add_argument(
+        "--run", dest="folder", metavar="DIR", default="runs/scenes", help="the run's folder (default: runs/scenes)"
+    )
+    add_device(p)
+    p.add_argument("--pictures", type=whole(32), metavar="N", help=f"training pictures {recipe}")
+    p.add_argument(
+        "--steps", type=whole(1), metavar="N", help=f"steps of training{', of each stage' * (stage == 'all')} {recipe}"
+    )
+    p.add_argument("--seed", type=SEED, help=f"of everything random {recipe}")
+    if stage != "all":  # one size or rate for four networks would suit none of them
+        p.add_argument("--batch", type=whole(1), metavar="N", help=f"pictures a step {recipe}")
+        p.add_argument("--lr", type=real(0), metavar="RATE", help=f"learning rate {recipe}")
+    if stage in ("unet", "all"):
+        p.add_argument(
+            "--text",
+            type=one_of(("frozen", "tuned")),
+            help=f"frozen or tuned: whether the text encoder learns on {recipe}",
+        )
+        p.add_argument(
+            "--name",
+            default="unet",
+            metavar="NAME",
+            help="the UNet's folder in the run, to try several (default: unet)",
+        )
+
+
+def add_export(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run=run_export)
+    p.add_argument(
+        "--run", dest="folder", metavar="DIR", default="runs/scenes", help="the run's folder (default: runs/scenes)"
+    )
+    p.add_argument(
+        "--to", default="weights/scenes", metavar="DIR", help="the new model folder (default: weights/scenes)"
+    )
+    p.add_argument("--name", default="unet", metavar="NAME", help="the UNet's folder in the run (default: unet)")
+    p.add_argument("--steps", type=whole(1), default=25, help="steps it is best drawn with (default: 25)")
+    p.add_argument("--guidance", type=real(), default=4.0, help="guidance it is best drawn with (default: 4)")
+    p.add_argument("--sampler", default="dpm++", help="sampler it is best drawn with (default: dpm++)")
+
+
+def run(args: argparse.Namespace) -> None:
+    device = str(find_device(args.device))
+    folder = Path(args.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LDMError(f"Cannot make the run's folder {folder}: {error.strerror}; choose another --run.") from error
+    for stage in STAGES if args.stage == "all" else (args.stage,):
+        try:
+            train_stage(stage, folder, args, device)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"Stopped in {stage}; {folder} holds what is done, the same command goes on."
+            ) from None
+
+
+def train_stage(stage: str, folder: Path, args: argparse.Namespace, device: str) -> None:
+    """Build the stage's recipe from the options that were given, and train."""
+    for other in NEEDS.get(stage, ()):
+        if not list((folder / other).rglob("config.json")):
+            raise LDMError(
+                f"{folder} has no trained {other} yet, which {stage} needs: `ldm train {other} --run {folder}`."
+            )
+    module = importlib.import_module(f"ldm.train.{stage}")
+    names = ("pictures", "steps", "batch", "lr", "seed") + ("text",) * (stage == "unet")
+    given = {name: getattr(args, name, None) for name in names}
+    recipe = replace(module.Recipe(), device=device, **{k: v for k, v in given.items() if v is not None})
+    module.train(folder, recipe, **({"name": args.name} if stage == "unet" else {}))
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from ldm.samplers import SAMPLERS
+    from ldm.train.export import export
+
+    if args.sampler not in SAMPLERS:
+        raise LDMError(
+            f"Unknown sampler {args.sampler!r}: ldm has {', '.join(SAMPLERS)}.{nearest(args.sampler, SAMPLERS)}"
+        )
+    folder, target = Path(args.folder), Path(args.to)
+    for stage in STAGES:
+        if not (folder / (args.name if stage == "unet" else stage)).is_dir():
+            raise LDMError(f"{folder} has no trained {stage} yet: `ldm train {stage} --run {folder}`.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    export(folder, target, {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}, args.name)
+    print(target)

@@ -1,0 +1,196 @@
+"""Does the model draw what it is told? Pictures for held-out scenes, read by a checker, with confidence intervals.
+
+The checker (`ldm.train.checker`) is a network too, so its own accuracy on true pictures stands in the same table.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm import scenes
+from ldm.errors import LDMError
+from ldm.io.weights import load_weights
+from ldm.pipeline import Pipeline
+from ldm.train.checker import Checker, answers
+from ldm.train.data import to_tensor
+
+FIRST_SEED = 20_000_000  # of the scenes asked for: held-out combinations, from seeds that no training has seen
+QUESTIONS = ("time", "ground", "mountains", "style", "object", "color", "size", "left/right")
+BARS = {"time": 0.97, "ground": 0.97, "object": 0.95, "color": 0.93, "left/right": 0.85, "style": 0.95}
+
+
+@dataclass(frozen=True)
+class Share:
+    """`right` of `asked`, as a share with its 95 % confidence interval (Wilson 1927)."""
+
+    right: int
+    asked: int
+
+    @property
+    def value(self) -> float:
+        return self.right / self.asked if self.asked else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        n, z = self.asked, 1.96
+        if not n:
+            return math.nan, math.nan
+        centre = (self.right + z * z / 2) / (n + z * z)
+        half = z / (n + z * z) * math.sqrt(self.right * (n - self.right) / n + z * z / 4)
+        return centre - half, centre + half
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:5.1f} %  ({100 * low:.1f} to {100 * high:.1f}, n = {self.asked})"
+
+
+def verdict(scene: scenes.Scene, read: dict[str, object]) -> dict[str, list[bool]]:
+    """For every question, right or wrong, once or (object, color, size) once for every thing of the scene.
+
+    The things are matched with what was read in the order that fits more kinds, so a picture with the two things
+    exchanged has both objects right, and only "left/right" wrong. That is asked where both kinds are there at all.
+    """
+    true = answers(scene)
+    found: dict[str, list[bool]] = {q: [read[q] == true[q]] for q in ("time", "ground", "mountains", "style")}
+    sides = ("left", "right") if len(scene.things) > 1 else ("left",)
+    kinds = [true[f"{side} kind"] for side in sides]
+
+    def fit(order: Iterable[str]) -> int:
+        return sum(read[f"{side} kind"] == kind for side, kind in zip(order, kinds, strict=True))
+
+    order = max((sides, sides[::-1]), key=fit)
+    for question, name in (("object", "kind"), ("color", "color"), ("size", "size")):
+        pairs = zip(order, sides, strict=True)
+        found[question] = [read[f"{there} {name}"] == true[f"{asked} {name}"] for there, asked in pairs]
+    found["left/right"] = [order == sides] if len(sides) == 2 and all(found["object"]) else []
+    return found
+
+
+def tally(verdicts: Iterable[dict[str, list[bool]]]) -> dict[str, Share]:
+    """All verdicts, question by question."""
+    counts = {question: [0, 0] for question in QUESTIONS}
+    for found in verdicts:
+        for question in QUESTIONS:
+            counts[question][0] += sum(found[question])
+            counts[question][1] += len(found[question])
+    return {question: Share(*count) for question, count in counts.items()}
+
+
+def load_checker(model: Path) -> Checker:
+    """The checker that travels beside an embedded model, in `<model>-extras/checker`."""
+    path = model.with_name(model.name + "-extras") / "checker" / "checker.safetensors"
+    if not path.exists():
+        raise LDMError(f"There is no checker for {model}: {path} is missing, and only it can read the pictures.")
+    with torch.device("meta"):
+        checker = Checker()
+    return load_weights(checker, path)
+
+
+def held_out(count: int) -> list[scenes.Scene]:
+    return [scenes.sample(seed, "held-out") for seed in range(FIRST_SEED, FIRST_SEED + count)]
+
+
+def batches(items: list, size: int, title: str) -> Iterable[list]:
+    with tqdm(total=len(items), desc=title) as bar:
+        for start in range(0, len(items), size):
+            yield items[start : start + size]
+            bar.update(len(items[start : start + size]))
+
+
+def judge(checker: Checker, wanted: list[scenes.Scene], x: Tensor) -> list[dict[str, list[bool]]]:
+    """Verdicts on pictures (B, 3, 128, 128) in [-1, 1]."""
+    return [verdict(scene, read) for scene, read in zip(wanted, checker.read(x), strict=True)]
+
+
+@torch.no_grad()
+def evaluate_vae(pipe: Pipeline, checker: Checker, wanted: list[scenes.Scene]) -> dict:
+    """The checker on true pictures and on the VAE's reconstructions of them, and the reconstructions' PSNR in dB."""
+    true, rebuilt = [], []
+    errors = {"everywhere": [0.0, 0], "inside objects": [0.0, 0]}
+    for batch in batches(wanted, 25, "true pictures, rebuilt"):
+        pictures = [scenes.render(scene) for scene in batch]
+        x = to_tensor(np.stack([picture.image for picture in pictures]))
+        y = pipe.vae.decode(pipe.vae.encode(x.to(pipe.device, pipe.dtype))).float().cpu().clamp(-1, 1)
+        y = ((y + 1) * 127.5).round() / 127.5 - 1  # as a picture file holds it
+        error = (y - x).square().mean(dim=1)  # (B, H, W)
+        mask = torch.from_numpy(np.stack([picture.masks.any(axis=0) for picture in pictures]))
+        for name, part in (("everywhere", error), ("inside objects", error[mask])):
+            errors[name][0] += part.sum().item()
+            errors[name][1] += part.numel()
+        true += judge(checker, batch, x)
+        rebuilt += judge(checker, batch, y)
+    psnr = {name: 10 * math.log10(4 / (total / n)) for name, (total, n) in errors.items()}
+    return {"checker on true pictures": tally(true), "checker on rebuilt pictures": tally(rebuilt), "psnr": psnr}
+
+
+def evaluate_pictures(
+    pipe: Pipeline, checker: Checker, wanted: list[scenes.Scene], folder: Path | None = None, batch: int = 20, **options
+) -> dict[str, Share]:
+    """Draw a picture for every scene's full caption and have it read. `options` go to the pipeline.
+
+    With `folder`, pictures and verdicts are kept there, and what is already there is not drawn again.
+    """
+    log = None if folder is None else folder / "verdicts.jsonl"
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log and log.exists() else []
+    verdicts = [row["verdict"] for row in done]
+    for part in batches(wanted[len(done) :], batch, "drawing"):
+        first = len(verdicts)
+        captions = [scenes.caption(scene, scene.seed, full=True) for scene in part]
+        images = pipe(captions, seed=first, **options).images
+        found = judge(checker, part, to_tensor(np.stack([np.asarray(image) for image in images])))
+        verdicts += found
+        if log is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for k, image in enumerate(images):
+                image.save(folder / f"{first + k:05d}.png")
+            with open(log, "a") as file:
+                rows = zip(captions, found, strict=True)
+                file.writelines(json.dumps({"caption": caption, "verdict": v}) + "\n" for caption, v in rows)
+    return tally(verdicts)
+
+
+def sheet(folder: Path, count: int = 100, columns: int = 10) -> Image.Image:
+    """The first pictures of an evaluation's folder in one."""
+    tiles = [Image.open(path) for path in sorted(folder.glob("[0-9]*.png"))[:count]]
+    size = tiles[0].width
+    whole = Image.new("RGB", (columns * size, math.ceil(len(tiles) / columns) * size))
+    for k, tile in enumerate(tiles):
+        whole.paste(tile, (k % columns * size, k // columns * size))
+    return whole
+
+
+def report(true: dict[str, Share], rebuilt: dict[str, Share], psnr: dict[str, float], drawn: dict[str, Share]) -> str:
+    """The table that `ldm evaluate` prints."""
+    lines = [f"{'':12s} {'true':>8s} {'rebuilt':>8s}   drawn"]
+    for question in QUESTIONS:
+        bar = f"   bar {100 * BARS[question]:.0f} %" if question in BARS else ""
+        t, r = 100 * true[question].value, 100 * rebuilt[question].value
+        lines.append(f"{question:12s} {t:6.1f} % {r:6.1f} %   {drawn[question]}{bar}")
+    lines.append(
+        f"VAE: {psnr['everywhere']:.2f} dB everywhere (bar 32), {psnr['inside objects']:.2f} dB inside objects (bar 28)"
+    )
+    return "\n".join(lines)
+
+
+def evaluate(
+    pipe: Pipeline, count: int, folder: Path | None = None, say: Callable[[str], None] = print, **options
+) -> dict:
+    """The whole table for `count` held-out scenes: printed, and returned as plain numbers."""
+    checker, wanted = load_checker(pipe.folder), held_out(count)
+    vae = evaluate_vae(pipe, checker, wanted)
+    drawn = evaluate_pictures(pipe, checker, wanted, folder, **options)
+    true, rebuilt = vae["checker on true pictures"], vae["checker on rebuilt pictures"]
+    say(report(true, rebuilt, vae["psnr"], drawn))
+    tables = {"true": true, "rebuilt": rebuilt, "drawn": drawn}
+    numbers = {name: {q: (s.right, s.asked) for q, s in table.items()} for name, table in tables.items()}
+    if folder is not None:
+        sheet(folder).save(folder / "sheet.png")
+    return {**numbers, "psnr": vae["psnr"]}

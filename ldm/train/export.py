@@ -1,0 +1,71 @@
+"""Put what was trained together: a folder in diffusers' format, in half precision, that diffusers itself can load."""
+
+from pathlib import Path
+
+import torch
+
+from ldm.io.atomic import atomic_folder
+from ldm.io.folders import read_json
+from ldm.io.weights import read_tensors, save_weights, write_json
+from ldm.train.unet import SCHEDULER
+
+DIFFUSERS = "0.42.1"  # the version whose format this is
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": DIFFUSERS,
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def copy_part(source: Path, target: Path, stem: str, prefix: str = "", drop: tuple[str, ...] = ()) -> None:
+    """One network's configuration and weights, in fp16; `prefix` goes before every name, `drop` stays behind."""
+    target.mkdir()
+    tensors = {
+        prefix + name: t.clone() for name, t, _ in read_tensors(source / f"{stem}.safetensors") if name not in drop
+    }
+    save_weights(tensors, target / f"{stem}.safetensors", torch.float16)
+    write_json(target / "config.json", read_json(source / "config.json"))
+
+
+def export(run: Path, target: Path, defaults: dict, name: str = "unet") -> None:
+    """Write `target` (weights/scenes) and `target`-extras from the run's folder. Older folders are replaced as a whole.
+
+    A model card (README.md) that stands in the old folder is carried over: it is written by hand, after measuring.
+    """
+    with atomic_folder(target) as new:
+        copy_part(run / "vae", new / "vae", "diffusion_pytorch_model")
+        copy_part(run / name / "unet", new / "unet", "diffusion_pytorch_model")
+        # The UNet reads the tokens' vectors alone; the outer `text_model.` is what every version of transformers reads.
+        copy_part(run / name / "text", new / "text_encoder", "model", "text_model.", drop=("text_projection.weight",))
+        config = read_json(new / "text_encoder" / "config.json")
+        write_json(new / "text_encoder" / "config.json", {**config, "architectures": ["CLIPTextModel"]})
+        (new / "tokenizer").mkdir()
+        for file in (run / "tokenizer").iterdir():
+            (new / "tokenizer" / file.name).write_bytes(file.read_bytes())
+        (new / "scheduler").mkdir()
+        write_json(new / "scheduler" / "scheduler_config.json", {**SCHEDULER, "_diffusers_version": DIFFUSERS})
+        write_json(new / "model_index.json", INDEX)
+        write_json(new / "ldm.json", defaults)
+        keep_card(target, new)
+    extras = target.with_name(target.name + "-extras")
+    with atomic_folder(extras) as new:
+        copy_part(run / "clip" / "text", new / "clip_text", "model")
+        copy_part(run / "clip" / "vision", new / "clip_vision", "model")
+        (new / "checker").mkdir()
+        tensors = {key: tensor.clone() for key, tensor, _ in read_tensors(run / "checker" / "checker.safetensors")}
+        save_weights(tensors, new / "checker" / "checker.safetensors", torch.float16)
+        keep_card(extras, new)
+
+
+def keep_card(old: Path, new: Path) -> None:
+    card = old / "README.md"
+    if card.exists():
+        (new / "README.md").write_text(card.read_text())

@@ -1,0 +1,77 @@
+"""The evaluation counts what it says it counts."""
+
+import pytest
+import torch
+
+from ldm import scenes
+from ldm.metrics.evaluation import QUESTIONS, Share, held_out, tally, verdict
+from ldm.train import checker
+
+
+def test_wilson_interval_of_published_values():
+    # Newcombe 1998, table I, case (a): 81 of 263 gives 0.2553 to 0.3662.
+    low, high = Share(81, 263).interval
+    assert (low, high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
+    low, high = Share(0, 20).interval  # case (c)
+    assert low == pytest.approx(0.0, abs=1e-9) and high == pytest.approx(0.1611, abs=1e-4)
+
+
+def scene(*things):
+    return scenes.Scene("night", "snow", True, "plain", tuple(scenes.Thing(*thing) for thing in things), 0)
+
+
+TWO = scene(("house", "red", "large", 30.0, 80.0), ("tree", "blue", "small", 90.0, 80.0))
+
+
+def test_the_truth_is_all_right():
+    assert all(all(found) for found in verdict(TWO, checker.answers(TWO)).values())
+    assert verdict(TWO, checker.answers(TWO))["object"] == [True, True]
+
+
+def test_exchanged_objects_are_wrong_in_left_right_alone():
+    swapped = scene(("tree", "blue", "small", 30.0, 80.0), ("house", "red", "large", 90.0, 80.0))
+    found = verdict(TWO, checker.answers(swapped))
+    assert found["left/right"] == [False]
+    assert all(found[question] == [True, True] for question in ("object", "color", "size"))
+
+
+def test_exchanged_colors_are_wrong_in_color_alone():
+    leaked = scene(("house", "blue", "large", 30.0, 80.0), ("tree", "red", "small", 90.0, 80.0))
+    found = verdict(TWO, checker.answers(leaked))
+    assert found["color"] == [False, False] and found["object"] == [True, True] and found["left/right"] == [True]
+
+
+def test_a_missing_object_is_wrong_and_not_asked_for_its_side():
+    one = scene(("house", "red", "large", 60.0, 80.0))
+    found = verdict(TWO, checker.answers(one))
+    assert found["object"] == [True, False] and found["left/right"] == []
+    assert verdict(one, checker.answers(TWO))["object"] == [True]  # what was not asked for is not counted
+
+
+def test_tally_adds_up():
+    table = tally(
+        [verdict(TWO, checker.answers(TWO)), verdict(TWO, checker.answers(scene(("car", "red", "large", 9, 9))))]
+    )
+    assert table["time"] == Share(2, 2) and table["object"] == Share(2, 4) and table["left/right"] == Share(1, 1)
+
+
+def test_held_out_scenes_are_held_out_and_cover_every_answer():
+    wanted = held_out(300)
+    assert all(scenes.held_out(one) for one in wanted) and wanted == held_out(300)
+    for question, values in (("time", scenes.TIMES), ("ground", scenes.GROUNDS), ("style", scenes.STYLES)):
+        counts = [sum(getattr(one, question) == value for one in wanted) for value in values]
+        assert min(counts) > 40, (question, counts)
+    assert {thing.kind for one in wanted for thing in one.things} == set(scenes.KINDS)
+
+
+def test_labels_and_reading_speak_the_same_language():
+    one = scenes.sample(5, "train")
+    logits = [torch.nn.functional.one_hot(torch.tensor([label]), len(options)).float()
+              for label, options in zip(checker.labels(one), checker.QUESTIONS.values(), strict=True)]  # fmt: skip
+    model = checker.Checker()
+    model.forward = lambda x: logits
+    assert model.read(torch.zeros(1, 3, 128, 128)) == [checker.answers(one)]
+
+
+def test_every_reported_question_is_judged():
+    assert set(verdict(TWO, checker.answers(TWO))) == set(QUESTIONS)

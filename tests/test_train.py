@@ -1,0 +1,217 @@
+"""The training loops: what they compute, and that a run that was stopped goes on as if it had not been."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from ldm import scenes
+from ldm.models.vae import VAE, VAEConfig
+from ldm.train import checker, clip, common, unet, vae
+from ldm.train.data import pictures
+from ldm.train.muon import Muon, orthogonalise, split_parameters
+
+TINY_VAE = VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=2, sample_size=128)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run's folder with its pictures drawn; every test that trains works in a folder of its own beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    pictures(folder / "data", 24)
+    pictures(folder / "data", 32, "held-out", first=10_000_000)
+    return folder
+
+
+def fresh(run_folder, tmp_path):
+    (tmp_path / "data").symlink_to(run_folder / "data")
+    return tmp_path
+
+
+def test_pictures_are_those_of_their_seeds(run_folder):
+    data = pictures(run_folder / "data", 24)
+    for row in (0, 7, 23):
+        scene = scenes.sample(row, "train")
+        picture = scenes.render(scene)
+        assert data.scenes[row] == scene
+        assert np.array_equal(data.images[row], picture.image)
+        assert np.array_equal(data.masks[row], picture.masks.any(axis=0))
+        assert scenes.caption(scene, row * 4 + 2) == data.captions[row][2]
+
+
+def test_a_run_stopped_by_ctrl_c_and_resumed_equals_an_unbroken_one(run_folder, tmp_path, monkeypatch):
+    recipe = vae.Recipe(pictures=24, held_out=32, steps=5, batch=2, crop=32)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+        fresh(run_folder, folder)
+    vae.train(whole, recipe, TINY_VAE)
+
+    step = common.Optimizer.step
+    calls = []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # in the middle of the third step
+        return step(self, *args)
+
+    monkeypatch.setattr(common.Optimizer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vae.train(broken, recipe, TINY_VAE)
+    assert torch.load(broken / "vae" / "state.pt", weights_only=True)["step"] == 3
+    vae.train(broken, recipe, TINY_VAE)
+    assert len(calls) == 5
+    name = "vae/diffusion_pytorch_model.safetensors"
+    assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    assert (whole / "vae/config.json").read_text() == (broken / "vae/config.json").read_text()
+
+
+def test_vae_training_lowers_the_loss_and_measures_its_scale(run_folder, tmp_path):
+    folder = fresh(run_folder, tmp_path)
+    vae.train(folder, vae.Recipe(pictures=24, held_out=32, steps=60, batch=4, crop=32), TINY_VAE)
+    rows = [json.loads(line) for line in (folder / "vae" / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    model = VAE(VAEConfig.from_json(config))
+    from ldm.io.weights import load_weights
+
+    load_weights(model, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    data = pictures(folder / "data", 24)
+    with torch.no_grad():
+        posterior = model.posterior(data.tensor(slice(0, 24)))
+        z = posterior.sample(torch.randn(posterior.mean.shape)) * model.config.scaling_factor
+    assert z.std().item() == pytest.approx(1, rel=0.05)  # the scaling factor brings latents to unit variance
+
+
+def test_object_pixels_weigh_more_and_crops_keep_the_grid(run_folder):
+    data = pictures(run_folder / "data", 24)
+    recipe = vae.Recipe(batch=16, crop=64)
+    x, weight = vae.crops(data, recipe, torch.Generator().manual_seed(0))
+    assert x.shape == (16, 3, 64, 64) and weight.shape == (16, 1, 64, 64)
+    assert set(weight.unique().tolist()) == {1.0, 1 + recipe.object_weight}
+    for crop in x[:4]:  # every crop is found in some picture with its corner on a multiple of 8
+        pixels = ((crop.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+        corners = [(y, c) for y in range(0, 65, 8) for c in range(0, 65, 8)]
+        assert any((image[y : y + 64, c : c + 64] == pixels).all() for image in data.images for y, c in corners)
+
+
+def test_vae_loss_by_hand():
+    torch.manual_seed(0)
+    model = VAE(TINY_VAE)
+    x, noise = torch.rand(1, 3, 16, 16) * 2 - 1, torch.randn(1, 4, 2, 2)
+    weight = torch.ones(1, 1, 16, 16)
+    with torch.no_grad():
+        posterior = model.posterior(x)
+        y = model.reconstruct(posterior.mean + posterior.log_variance.exp().sqrt() * noise)
+        d = (y - x).numpy()
+        by_hand = np.abs(d).mean() + np.abs(np.diff(d, axis=3)).mean() + np.abs(np.diff(d, axis=2)).mean()
+        assert vae.loss(model, x, weight, noise, 0.0).item() == pytest.approx(by_hand, rel=1e-5)
+        kl = vae.loss(model, x, weight, noise, 1.0).item() - by_hand
+    normal = torch.distributions.Normal(posterior.mean, (0.5 * posterior.log_variance).exp())
+    expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum()
+    assert kl == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_psnr_of_a_known_error():
+    x = torch.zeros(1, 3, 4, 4)
+    assert vae.psnr(x + 0.2, x) == pytest.approx(20.0, abs=1e-4)  # an error of a tenth of the range is 20 dB
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, 0, 0] = True
+    y = x.clone()
+    y[0, :, 0, 0] = 0.02
+    assert vae.psnr(y, x, mask) == pytest.approx(40.0, abs=1e-4)
+
+
+def test_orthogonalise_evens_out_the_singular_values():
+    torch.manual_seed(0)
+    for shape in ((20, 50), (50, 20)):
+        g = torch.randn(shape) @ torch.diag(torch.logspace(0, -2, shape[1]))
+        values = torch.linalg.svdvals(orthogonalise(g))[: min(shape) - 8]
+        assert values.min() > 0.5 and values.max() < 1.3
+        u, _, v = torch.linalg.svd(g, full_matrices=False)
+        cosine = torch.nn.functional.cosine_similarity(orthogonalise(g).flatten(), (u @ v).flatten(), dim=0)
+        assert cosine > 0.85  # towards the nearest orthogonal matrix
+
+
+def test_muon_moves_against_the_gradient_by_its_rate():
+    p = torch.nn.Parameter(torch.randn(16, 24))
+    before, g = p.detach().clone(), torch.randn(16, 24)
+    p.grad = g.clone()
+    Muon([p], lr=0.01).step()
+    moved = p.detach() - before
+    assert (moved * g).sum() < 0
+    assert moved.square().mean().sqrt().item() == pytest.approx(0.01 * 0.2, rel=0.25)
+
+
+def test_embeddings_gains_and_biases_are_left_to_adamw():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    matrices, rest = split_parameters(model)
+    assert [p.shape for p in matrices] == [(3, 3)]
+    assert len(rest) == 4
+
+
+def test_trapezoid_rises_stays_and_falls_to_almost_nothing():
+    rates = [common.trapezoid(step, 1000) for step in range(1000)]
+    assert rates[0] == 0.01 and rates[99] == 1.0 and set(rates[99:700]) == {1.0}
+    assert rates[850] == pytest.approx(0.5) and 0 < rates[-1] < 0.005
+
+
+def test_ema_follows_the_weights():
+    model = torch.nn.Linear(1, 1)
+    ema = common.EMA(model, decay=0.9)
+    torch.nn.init.constant_(model.weight, 5.0)
+    for step in range(200):
+        ema.update(model, step)
+    assert ema.average["weight"].item() == pytest.approx(5.0, abs=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    model = torch.nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    optimizer = common.Optimizer([model], lr=0.1)
+    norm = optimizer.step((model(torch.ones(1, 2)) * math.inf).sum(), 1.0)
+    assert not math.isfinite(norm) and torch.equal(before, model.weight)
+
+
+def test_unet_loss_is_the_weighted_noise_error():
+    bars = torch.linspace(0.99, 0.01, 1000)
+    x0, eps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    t = torch.tensor([0, 500, 999])
+    seen = {}
+
+    def network(x, times, context):
+        seen["x"] = x
+        return torch.zeros_like(x)
+
+    value = unet.loss(network, x0, None, t, eps, bars, 5.0, "epsilon").item()
+    errors = eps.square().mean(dim=(1, 2, 3))
+    snr = bars[t] / (1 - bars[t])
+    assert value == pytest.approx((errors * torch.minimum(snr, torch.tensor(5.0)) / snr).mean().item(), rel=1e-5)
+    expected = bars[t].sqrt().view(-1, 1, 1, 1) * x0 + (1 - bars[t]).sqrt().view(-1, 1, 1, 1) * eps
+    assert torch.allclose(seen["x"], expected)
+
+
+def test_the_whole_chain_trains_and_exports_a_model_that_loads(run_folder, tmp_path):
+    """VAE, CLIP, checker and UNet for two steps each, exported: a folder that ldm loads and draws with."""
+    import ldm
+    from ldm.train.export import export
+
+    folder = fresh(run_folder, tmp_path)
+    vae.train(folder, vae.Recipe(pictures=24, held_out=32, steps=2, batch=2, crop=32), TINY_VAE)
+    clip.train(folder, clip.Recipe(pictures=24, held_out=32, steps=2, batch=4, vocabulary=560))
+    checker.train(folder, checker.Recipe(pictures=24, held_out=32, steps=2, batch=4))
+    for text in ("tuned", "frozen"):
+        unet.train(folder, unet.Recipe(pictures=24, held_out=4, steps=2, batch=2, text=text), name=f"unet-{text}")
+    frozen, before = ((folder / path / "model.safetensors").read_bytes() for path in ("unet-frozen/text", "clip/text"))
+    tuned = (folder / "unet-tuned" / "text" / "model.safetensors").read_bytes()
+    assert frozen == before != tuned
+    export(folder, tmp_path / "weights", {"steps": 2, "guidance": 2.0, "sampler": "dpm++"}, name="unet-tuned")
+    pipe = ldm.load(tmp_path / "weights")
+    assert pipe.defaults.steps == 2
+    assert pipe("a red house", seed=1).images[0].size == (128, 128)
