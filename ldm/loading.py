@@ -40,14 +40,11 @@ def load(
     """
     folder = find_model(model)
     check_index(folder)
-    text_config = TextConfig.from_json(read_json(folder / "text_encoder" / "config.json"))
-    unet_config = UNetConfig.from_json(read_json(folder / "unet" / "config.json"))
-    vae_config = VAEConfig.from_json(read_json(folder / "vae" / "config.json"))
-    if text_config.hidden_size != unet_config.cross_attention_dim:
-        raise LDMError(
-            f"{folder}: the text encoder speaks vectors of {text_config.hidden_size} numbers, the UNet reads "
-            f"{unet_config.cross_attention_dim}: these parts don't belong together."
-        )
+    text_config = TextConfig.from_json(read_fields(folder / "text_encoder" / "config.json"))
+    unet_config = UNetConfig.from_json(read_fields(folder / "unet" / "config.json"))
+    vae_config = VAEConfig.from_json(read_fields(folder / "vae" / "config.json"))
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+    check_fit(folder, tokenizer, text_config, unet_config, vae_config)
 
     def fill(cls: type[nn.Module], config: object, name: str, stem: str) -> nn.Module:
         with torch.device("meta"):
@@ -55,11 +52,11 @@ def load(
         paths = find_weights(folder / name, stem, variant)
         return load_weights(part, paths, dtype, device, getattr(cls, "rename", None))
 
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_fields(folder / "scheduler" / "scheduler_config.json")
     if scheduler.get("_class_name") == "PNDMScheduler":
         say_on_stderr(f"{folder}: its file names PNDM, a sampler that ldm lacks; DDIM draws on the same noise levels.")
     return Pipeline(
-        Tokenizer.from_folder(folder / "tokenizer"),
+        tokenizer,
         fill(TextEncoder, text_config, "text_encoder", "model"),
         fill(UNet, unet_config, "unet", "diffusion_pytorch_model"),
         fill(VAE, vae_config, "vae", "diffusion_pytorch_model"),
@@ -69,9 +66,17 @@ def load(
     )
 
 
+def read_fields(path: Path) -> dict:
+    """A JSON file that holds an object."""
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise LDMError(f"{path} must hold a JSON object, not a {type(fields).__name__}: download it again.")
+    return fields
+
+
 def read_defaults(folder: Path) -> Defaults:
     path = folder / "ldm.json"
-    return from_json(Defaults, read_json(path), {}, str(path)) if path.exists() else Defaults()
+    return from_json(Defaults, read_fields(path), {}, str(path)) if path.exists() else Defaults()
 
 
 def embedded() -> dict[str, Path]:
@@ -102,9 +107,10 @@ def check_index(folder: Path) -> None:
     """Hold model_index.json against what ldm draws with: parts unknown are refused, idle ones named in a line."""
     if not (folder / "model_index.json").exists():
         raise LDMError(f"{folder} is not a model folder in diffusers' format: it has no model_index.json.")
-    index = read_json(folder / "model_index.json")
-    parts = {name: value for name, value in index.items() if isinstance(value, list) and value[-1] is not None}
-    for name, (_, cls) in parts.items():
+    index = read_fields(folder / "model_index.json")  # {part: [library, class]}, or two nulls; and remarks
+    entries = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
+    parts = {name: cls for name, cls in entries.items() if cls is not None}
+    for name, cls in parts.items():
         if name in PASSED_OVER:
             say_on_stderr(f"{folder}: {name} takes no part in drawing and is passed over.")
         elif name not in PARTS:
@@ -114,3 +120,23 @@ def check_index(folder: Path) -> None:
     missing = [name for name in PARTS if name not in parts]
     if missing:
         raise LDMError(f"{folder}/model_index.json lacks {', '.join(missing)}.")
+
+
+def check_fit(folder: Path, tokenizer: Tokenizer, text: TextConfig, unet: UNetConfig, vae: VAEConfig) -> None:
+    """Refuse parts of different models, and UNets that ask for more than a prompt, before a weight is read."""
+    for name in ("time_cond_proj_dim", "num_class_embeds", "addition_embed_type"):  # LCM, upscaler, SDXL
+        if getattr(unet, name) is not None:
+            raise LDMError(f"{folder}: the UNet asks for more than a prompt ({name}), which ldm.load doesn't give it.")
+    ids, length = 1 + max(tokenizer.ids.values()), tokenizer.max_length
+    faults = []
+    if ids > text.vocab_size or length > text.max_position_embeddings:
+        known = f"{text.max_position_embeddings} of {text.vocab_size} kinds"
+        faults.append(f"the tokenizer writes {length} tokens of {ids} kinds, the text encoder reads {known}")
+    if text.hidden_size != unet.cross_attention_dim:
+        wanted = unet.cross_attention_dim
+        faults.append(f"the text encoder speaks vectors of {text.hidden_size} numbers, the UNet reads {wanted}")
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        inner = f"{unet.in_channels} channels and returns {unet.out_channels}"
+        faults.append(f"the UNet takes {inner}, the VAE's latents have {vae.latent_channels}")
+    if faults:
+        raise LDMError(f"{folder}: {'; '.join(faults)}: these parts don't belong together.")

@@ -14,3 +14,13 @@ for name, value in {
     "MKL_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(name, value)
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Tiny Stable Diffusion folders, and both sides' pipelines of them (`tiny.Models`)."""
+    from tiny import Models  # not before it is asked for: it imports diffusers and transformers
+
+    return Models(tmp_path_factory.mktemp("models"))

@@ -5,6 +5,7 @@ Also the noise it is given, and the ends of a schedule, alpha = 0 and sigma = 0.
 
 import copy
 import io
+import itertools
 from functools import partial
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_run_yields_every_row_in_order_and_its_steps_hang_together(name):
     assert [s.level for s in steps] == list(SCHEDULE.levels[:-1]) and [s.next for s in steps] == list(
         SCHEDULE.levels[1:]
     )
-    assert all(torch.equal(a.x, b.x_before) for a, b in zip(steps, steps[1:], strict=False))
+    assert all(torch.equal(a.x, b.x_before) for a, b in itertools.pairwise(steps))
     for s in steps:
         torch.testing.assert_close(s.level.alpha * s.x0 + s.level.sigma * s.eps, s.x_before, rtol=0, atol=1e-5)
         assert s.x.dtype == X.dtype and s.x.shape == X.shape and not s.edited and s.x.std() > 0.1

@@ -134,6 +134,8 @@ def test_pndm_files_give_the_levels_that_pndm_visits(spacing, n):
     scheduler = PNDMScheduler(**SD, timestep_spacing=spacing, skip_prk_steps=True)
     scheduler.set_timesteps(n)
     schedule = make_schedule(read(scheduler), n)
+    silent = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "timestep_spacing": spacing, **SD}
+    assert schedule == make_schedule(ScheduleConfig.from_json(silent), n)
     assert [r.t for r in schedule.levels[:-1]] == sorted(set(scheduler.timesteps.tolist()), reverse=True)
     assert schedule[n].alpha == math.sqrt(scheduler.final_alpha_cumprod.item()) < 1
 

@@ -1,110 +1,57 @@
-"""Tiny Stable Diffusion models with every parameter drawn, in folders that diffusers and transformers have written.
+"""A whole model folder in diffusers' format, of random weights and some hundred kilobytes: it draws noise, quickly."""
 
-Both sides load the same folder: the reference with `from_pretrained`, ours with `ldm.load`.
-"""
-
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from reference import randomise
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import ldm
-from ldm.io.folders import read_json
-from ldm.pipeline import Pipeline
-from ldm.scenes import caption, sample
-from ldm.schedules import ScheduleConfig
+from ldm.io.weights import save_weights, write_json
+from ldm.models.unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
+from ldm.models.vae import VAE, VAEConfig
+from ldm.text.clip import TextConfig, TextEncoder
+from ldm.train.export import INDEX
+from ldm.train.unet import SCHEDULER
 from ldm.train.vocabulary import save_vocabulary, train_vocabulary
 
-DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-TEXT = {"hidden_size": 24, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 3}
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16, 24),
-    "down_block_types": (CROSS_DOWN, CROSS_DOWN, DOWN),
-    "up_block_types": (UP, CROSS_UP, CROSS_UP),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "cross_attention_dim": 24,
-}
-VAE = {
-    "block_out_channels": (8, 8, 16, 16),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "norm_num_groups": 4,
-}
-MODELS = {  # what tells the two families apart: activation, padding, projection, heads a level, prediction
-    "sd1": ({"hidden_act": "quick_gelu"}, {"attention_head_dim": 2}, "epsilon", "<|endoftext|>"),
-    "sd2": (
-        {"hidden_act": "gelu", "layer_norm_eps": 1e-4},
-        {"attention_head_dim": (2, 4, 3), "use_linear_projection": True},
-        "v_prediction",
-        "!",
-    ),
-}
+SIZE = 32  # pixels along a side
+DEFAULTS = {"steps": 3, "guidance": 2.0, "sampler": "dpm++"}
 
 
-def write_tokenizer(folder: Path, pad: str) -> None:
-    scenes = (sample(seed) for seed in range(60))
-    save_vocabulary(folder, *train_vocabulary([caption(scene, 0) for scene in scenes], 560))
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        (folder / name).write_text(json.dumps(read_json(folder / name) | {"pad_token": pad}))
-
-
-def build(name: str, folder: Path) -> StableDiffusionPipeline:
-    """The reference's own classes, parameters drawn, with a tokenizer that we trained."""
-    text, unet, prediction, pad = MODELS[name]
-    write_tokenizer(folder / "vocabulary", pad)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "vocabulary")
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPTextConfig(**TEXT, **text, **ids, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
-    scheduler = DDIMScheduler(**SD, prediction_type=prediction, clip_sample=False, set_alpha_to_one=False)
-    return StableDiffusionPipeline(
-        tokenizer=tokenizer,
-        text_encoder=randomise(CLIPTextModel(config), seed=1).eval(),
-        unet=randomise(UNet2DConditionModel(**UNET, **unet), seed=2).eval(),
-        vae=randomise(AutoencoderKL(**VAE), seed=3).eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+def tiny_model(folder: Path, seed: int = 0) -> Path:
+    """Write the model there; another `seed` is another model."""
+    vocab, merges = train_vocabulary(["a large red house on snow at night"] * 2, 530)
+    save_vocabulary(folder / "tokenizer", vocab, merges)
+    text = TextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
+        vocab_size=len(vocab), bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1, pad_token_id=len(vocab) - 1,
+    )  # fmt: skip
+    unet = UNetConfig(
+        sample_size=SIZE // 8, block_out_channels=(8, 16), down_block_types=(CROSS_DOWN,) * 2,
+        up_block_types=(CROSS_UP,) * 2, layers_per_block=1, cross_attention_dim=16, heads=(2, 2),
+        transformer_layers_per_block=(1, 1), only_cross_attention=(False,) * 2, norm_num_groups=4,
+    )  # fmt: skip
+    vae = VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=2, sample_size=SIZE, scaling_factor=1.0)
+    torch.manual_seed(seed)
+    parts = (
+        ("text_encoder", "model", TextEncoder(text)),
+        ("unet", "diffusion_pytorch_model", UNet(unet)),
+        ("vae", "diffusion_pytorch_model", VAE(vae)),
     )
+    for name, stem, part in parts:
+        (folder / name).mkdir()
+        write_json(folder / name / "config.json", part.config.to_json())
+        save_weights(part.state_dict(), folder / name / f"{stem}.safetensors")
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "model_index.json", INDEX)
+    write_json(folder / "ldm.json", DEFAULTS)
+    return folder
 
 
-@dataclass
-class Models:
-    """The folders below `root`, and what was loaded from them, kept for the session: don't change it, copy it."""
+def plant(folder: Path, part: str, name: str, value: float) -> None:
+    """Put `value` into one number of a part's weights: the file itself stays sound, the number may be none."""
+    from safetensors.torch import load_file, save_file  # ldm's own writer refuses NaN
 
-    root: Path
-    loaded: dict = field(default_factory=dict)
-
-    def folder(self, name: str) -> Path:
-        folder = self.root / name
-        if not (folder / "model_index.json").exists():
-            build(name, self.root / f"{name}-parts").save_pretrained(folder)
-        return folder
-
-    def reference(self, name: str, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-        key = ("reference", name, dtype)
-        if key not in self.loaded:
-            pipe = StableDiffusionPipeline.from_pretrained(self.folder(name), torch_dtype=dtype)
-            pipe.set_progress_bar_config(disable=True)
-            self.loaded[key] = pipe
-        return self.loaded[key]
-
-    def ours(self, name: str, dtype: torch.dtype = torch.float32) -> Pipeline:
-        key = ("ours", name, dtype)
-        if key not in self.loaded:
-            self.loaded[key] = ldm.load(self.folder(name), dtype)
-        return self.loaded[key]
-
-
-def with_scheduler(pipe: Pipeline, scheduler) -> Pipeline:
-    """The same parts with the schedule that diffusers' `scheduler` would write into its folder."""
-    fields = json.loads(scheduler.to_json_string()) | {"_class_name": type(scheduler).__name__}
-    config = ScheduleConfig.from_json(fields)
-    return Pipeline(pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.vae, config, pipe.defaults, pipe.folder)
+    path = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(path)
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, path, metadata={"format": "pt"})

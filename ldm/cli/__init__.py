@@ -1,6 +1,6 @@
-"""The command line: `ldm generate`, `ldm rerun`, `ldm train`.
+"""The command line: `ldm generate`, `ldm rerun`, `ldm evaluate`, `ldm train`.
 
-Each command is a module with two functions: `add` declares its options, `run` does the work. The modules import torch
+Each command is a module with two functions: `add` declares its options, `run` does the work. torch is imported
 inside `run` alone, so that `ldm --help` answers at once. A user meets sentences, never tracebacks.
 
 Exit status: 0 done, 1 could not be done, 2 the command line was wrong, 130 stopped by Ctrl-C.
@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from ldm import __version__
-from ldm.cli import generate, rerun, train
+from ldm.cli import evaluate, generate, rerun, train
 from ldm.cli.options import Parser
 from ldm.errors import LDMError
 
-COMMANDS = (generate, rerun, train)  # in the order of `ldm --help`
+COMMANDS = (generate, rerun, evaluate, train)  # in the order of `ldm --help`
 
 DONE, FAILED, STOPPED = 0, 1, 130  # 2 is argparse's own
 TRACEBACK = "LDM_TRACEBACK"  # an environment variable: set, an error is shown where it happened
@@ -24,7 +24,9 @@ TRACEBACK = "LDM_TRACEBACK"  # an environment variable: set, an error is shown w
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     try:
-        args = parser().parse_args(argv)
+        args, unknown = parser().parse_known_args(argv)
+        if unknown:
+            args.parser.refuse(unknown)
         return args.run(args) or DONE
     except SystemExit as leaving:  # argparse: 0 after --help, 2 after a sentence about the command line
         return int(leaving.code or DONE)
@@ -69,11 +71,6 @@ def sentence(error: Exception) -> str:
 
 
 def out_of_memory(error: Exception, text: str) -> bool:
-    """On a GPU torch has a class for it; on the CPU a RuntimeError, and one of overflow for sizes beyond all measure."""
-    words = (
-        "out of memory",
-        "allocate memory",
-        "size calculation overflowed",
-        "numel: integer multiplication overflow",
-    )
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in text.lower() for w in words)
+    """On a GPU torch has a class for it; on the CPU a RuntimeError, and another one for sizes beyond all measure."""
+    words = ("out of memory", "allocate memory", "overflow")
+    return isinstance(error, MemoryError | RuntimeError) and (not text or any(word in text.lower() for word in words))

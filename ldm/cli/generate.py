@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ldm.pipeline import Settings
 
 SETTINGS = ("negative", "steps", "guidance", "sampler", "eta", "width", "height")  # options that `Settings` knows
+MOST_PIXELS = 16_384  # along a side: beyond it is a slip of the finger, and would only eat the memory
 
 HELP = """Draw pictures from a sentence, or from a file of sentences.
 
@@ -39,53 +40,40 @@ NAMES = """where the pictures go:
 
 def add(commands: "argparse._SubParsersAction") -> None:
     p = commands.add_parser("generate", help="draw pictures from sentences", description=HELP, epilog=NAMES)
-    p.set_defaults(run=run, refuse=p.error)
+    p.set_defaults(run=run, parser=p)
     p.add_argument("prompt", nargs="?", help='what to draw; "" draws without a prompt')
     p.add_argument(
-        "--prompts", metavar="FILE", help="a text file of prompts, one a line; lines that begin with # are passed over"
+        "--prompts", metavar="FILE", help="a text file, one prompt a line; lines that begin with # don't count"
     )
     p.add_argument("--out", metavar="PATH", help="a .png file or a folder (see below)")
-    p.add_argument("--seed", type=SEED, default=0, help="picture k of a prompt is drawn from seed + k (default: 0)")
-    p.add_argument("--count", type=whole(1), default=1, metavar="N", help="pictures for each prompt (default: 1)")
-    add_model_options(p)
-    model = "(default: the model's own)"
-    p.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from")
-    p.add_argument("--steps", type=whole(1), metavar="N", help=f"steps from noise to picture {model}")
-    p.add_argument(
-        "--guidance",
-        type=real(),
-        metavar="SCALE",
-        help=f"how strongly the prompt counts; 1 or less: no guidance {model}",
-    )
-    p.add_argument(
-        "--sampler", metavar="NAME", help=f"ddim, ddpm, euler, dpm++; a wrong name is answered with all of them {model}"
-    )
-    p.add_argument("--eta", type=real(0, 1), default=0.0, help="noise that ddim adds on the way, 0 to 1 (default: 0)")
-    p.add_argument("--width", type=whole(1), metavar="PIXELS", help=f"a multiple of 8 {model}")
-    p.add_argument("--height", type=whole(1), metavar="PIXELS", help=f"a multiple of 8 {model}")
-    p.add_argument(
-        "--clip-skip",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="layers of the text encoder to leave out at its end (default: 0)",
-    )
-    p.add_argument(
-        "--save-steps",
-        metavar="DIR",
-        help="write there the predicted picture at every step, and a contact sheet of them",
-    )
-    p.add_argument(
-        "--batch",
-        type=whole(1),
-        default=4,
-        metavar="N",
-        help="pictures drawn together; in a batch, one may differ by a grey level (default: 4)",
-    )
-    p.add_argument(
-        "--one-by-one", action="store_true", help="draw each picture alone, so that its bits don't depend on the others"
-    )
     p.add_argument("--overwrite", action="store_true", help="replace whatever has the name of a picture to be drawn")
+    p.add_argument("--save-steps", metavar="DIR", help="write the predicted picture at every step, and a contact sheet")
+    add_model_options(p)
+    add_settings(p.add_argument_group("the pictures (what is left out is as the model's folder says)"))
+    batch = p.add_argument_group("several pictures")
+    batch.add_argument("--count", type=whole(1), default=1, metavar="N", help="pictures for each prompt (default: 1)")
+    batch.add_argument(
+        "--batch", type=whole(1), default=4, metavar="N", help="how many are drawn together (default: 4)"
+    )
+    alone = "draw each alone: bit for bit as if it were the only one; in a batch it may be off by a grey level"
+    batch.add_argument("--one-by-one", action="store_true", help=alone)
+
+
+def add_settings(p: "argparse._ArgumentGroup") -> None:
+    """What decides how a picture looks. Left out, most are as the model's folder says."""
+    p.add_argument("--seed", type=SEED, default=0, help="picture k of a prompt is drawn from SEED + k (default: 0)")
+    p.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from")
+    p.add_argument("--steps", type=whole(1), metavar="N", help="steps from noise to picture")
+    p.add_argument(
+        "--guidance", type=real(), metavar="SCALE", help="how strongly the prompt counts; 1 or less: not guided"
+    )
+    p.add_argument("--sampler", metavar="NAME", help="ddim, ddpm, dpm++, euler, ...; a wrong name is answered with all")
+    p.add_argument("--eta", type=real(0, 1), default=0.0, help="noise that ddim adds on its way, 0 to 1 (default: 0)")
+    p.add_argument("--width", type=whole(1, MOST_PIXELS), metavar="PIXELS", help="a multiple of 8")
+    p.add_argument("--height", type=whole(1, MOST_PIXELS), metavar="PIXELS", help="a multiple of 8")
+    p.add_argument(
+        "--clip-skip", type=whole(0), default=0, metavar="N", help="last layers of the text encoder to leave out"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -94,11 +82,12 @@ def run(args: argparse.Namespace) -> None:
     prepare(jobs, args.overwrite)
     if args.save_steps:
         make_folder(Path(args.save_steps))
-    drawing = Drawing(args, several=len(jobs) > 1)
+    drawing = Drawing(args)
     drawing.check(jobs[0])
     waiting = drawing.waiting(jobs)
     if len(waiting) < len(jobs):
-        print(f"{len(jobs) - len(waiting)} of {len(jobs)} pictures are drawn already.", file=sys.stderr)
+        drawn = f"{len(jobs) - len(waiting)} of {len(jobs)} pictures are" if len(jobs) > 1 else f"{jobs[0].path} is"
+        print(f"{drawn} drawn already.", file=sys.stderr)
     if waiting:
         drawing.draw_all(batches(waiting, 1 if args.one_by_one else args.batch))
 
@@ -106,12 +95,10 @@ def run(args: argparse.Namespace) -> None:
 def wanted(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line, or of its file."""
     if (args.prompt is None) == (args.prompts is None):
-        args.refuse("say what to draw: one prompt in quotation marks, or --prompts FILE, and not both")
+        args.parser.error("say what to draw: one prompt in quotation marks, or --prompts FILE, and not both")
     prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
     for text in (*prompts, args.negative):
-        if not text.isascii() and any(
-            "\ud800" <= char <= "\udfff" for char in text
-        ):  # bytes that Python could not read
+        if any("\ud800" <= char <= "\udfff" for char in text):  # bytes of the command line that Python couldn't read
             raise LDMError("The prompt is not valid UTF-8 text: check the encoding of your terminal.")
     return prompts
 
@@ -119,8 +106,8 @@ def wanted(args: argparse.Namespace) -> list[str]:
 class Drawing:
     """What stays the same over all pictures of a command: the model, the settings, the places."""
 
-    def __init__(self, args: argparse.Namespace, several: bool):
-        self.args, self.several = args, several
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.several = args, args.count > 1 or args.prompts is not None
         self.pipe, self.model_hash = open_model(args.model, args.dtype, args.device)
         self.options = {name: getattr(args, name) for name in SETTINGS}
 
@@ -176,7 +163,8 @@ class Drawing:
                     bar.set_description(f"picture {done + 1} of {total}" if total > 1 else "drawing")
                     for job in self.draw(group, bar):
                         done += 1
-                        bar.write(str(job.path), file=sys.stdout)
+                        with bar.external_write_mode():
+                            print(job.path, flush=True)
             except KeyboardInterrupt:
                 bar.leave = True  # it shows how far we came
                 again = "" if groups[0][0].named else "; the same command draws the others"

@@ -19,13 +19,13 @@ SHEET = "contact-sheet.png"
 
 
 class Inside:
-    """Writes what the model predicts of one picture, step by step, into `folder`; removes what other runs left there."""
+    """Writes what the model predicts of one picture, step by step, into `folder`; what another run left there goes."""
 
     def __init__(self, folder: Path, record: dict):
         self.folder, self.record = folder, record
         self.thumbs: list[tuple[Image.Image, str]] = []
         make_folder(folder)
-        for path in files(folder):
+        for path in files(folder) if other_run(folder, record) else ():
             path.unlink()
 
     def add(self, image: Image.Image, level: "Level") -> None:

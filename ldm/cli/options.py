@@ -28,7 +28,21 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"ldm: {message[0].upper()}{message[1:]}. See `{self.prog} --help`.\n")
+        message = re.sub(r"^argument (-\S+): ", r"\1 ", message)
+        choice = re.fullmatch(r"argument (\w+): invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if choice:
+            known = re.findall(r"[\w-]+", choice[3])
+            message = f"unknown {choice[1].lower()} {choice[2]!r}: {', '.join(known)}.{nearest(choice[2], known)}"
+        stop = "" if message.endswith((".", "?")) else "."
+        self.exit(2, f"ldm: {message[0].upper()}{message[1:]}{stop} See `{self.prog} --help`.\n")
+
+    def refuse(self, unknown: list[str]) -> NoReturn:
+        """Say which words of the command line have no meaning here."""
+        known = set(re.findall(r"--[\w-]+", self.format_usage()))
+        option = next((word.split("=")[0] for word in unknown if word.startswith("-")), None)
+        if option is None:
+            self.error(f"{unknown[0]!r} is one word too many: put words that belong together in quotation marks")
+        self.error(f"unknown option {option}.{nearest(option, known)}")
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -39,9 +53,10 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
             number = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
-        if number < least or most is not None and number > most:
-            range_ = f"{least} or more" if most is None or number < least else f"at most {most}"
-            raise argparse.ArgumentTypeError(f"must be {range_}, not {number}")
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, not {number}")
+        if most is not None and number > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {number}")
         return number
 
     return read
@@ -55,9 +70,11 @@ def real(least: float = -math.inf, most: float = math.inf) -> Callable[[str], fl
             number = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
-        if not math.isfinite(number) or not least <= number <= most:
-            range_ = "finite" if math.isinf(least) else f"{least:g} or more" if math.isinf(most) else None
-            raise argparse.ArgumentTypeError(f"must be {range_ or f'between {least:g} and {most:g}'}, not {text}")
+        if not math.isfinite(number):
+            raise argparse.ArgumentTypeError(f"must be finite, not {text}")
+        if not least <= number <= most:
+            ends = f"{least:g} or more" if math.isinf(most) else f"between {least:g} and {most:g}"
+            raise argparse.ArgumentTypeError(f"must be {ends}, not {text}")
         return number
 
     return read
@@ -68,9 +85,7 @@ def one_of(known: tuple[str, ...]) -> Callable[[str], str]:
 
     def read(text: str) -> str:
         if text not in known:
-            raise argparse.ArgumentTypeError(
-                f"must be {' or '.join(known)}, not {text!r}.{nearest(text, known)}".rstrip(".")
-            )
+            raise argparse.ArgumentTypeError(f"must be {' or '.join(known)}, not {text!r}.{nearest(text, known)}")
         return text
 
     return read

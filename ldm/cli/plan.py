@@ -12,7 +12,7 @@ from ldm.cli.record import differences, read_record
 from ldm.errors import LDMError
 from ldm.io.atomic import check_writable
 
-LONGEST_NAME = 80  # letters of a prompt in a file's name; some file systems end at 143 bytes
+LONGEST_NAME = 80  # bytes of a prompt in a file's name; some file systems end at 143 bytes
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Job:
 def read_prompts(path: str) -> list[str]:
     """One prompt a line; empty lines and lines that begin with # are passed over."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise LDMError(f"Cannot read the prompts in {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -53,7 +53,10 @@ def pixel_hash(image: "Image.Image") -> str:
 
 
 def read_record(path: str | Path) -> dict:
-    """The record in a PNG that ldm drew. Raises LDMError if there is none, or it isn't whole: it is a stranger's text."""
+    """The record in a PNG that ldm drew; a stranger may have written it, so nothing in it is taken on trust.
+
+    Raises LDMError if there is none, or it isn't whole.
+    """
     record = read_settings(path)
     if "step" in record:
         raise LDMError(f"{path} shows the inside of a run (--save-steps), not its result: name the picture it led to.")

@@ -22,7 +22,7 @@ and what is different now: the model, the versions, the device. Exit status 1 if
 
 def add(commands: "argparse._SubParsersAction") -> None:
     p = commands.add_parser("rerun", help="draw a picture again from its PNG, and compare", description=HELP)
-    p.set_defaults(run=run)
+    p.set_defaults(run=run, parser=p)
     p.add_argument("picture", help="a PNG that ldm drew")
     p.add_argument("--model", help="the model, if it is not where it was (default: the one the picture names)")
     p.add_argument("--out", metavar="PNG", help="write the new picture there (default: it is only compared)")
@@ -71,7 +71,7 @@ def draw_again(args: argparse.Namespace, old: dict) -> tuple["Image.Image", dict
     with progress(settings.steps) as bar:
         bar.set_description("drawing again")
         bar.clear()
-        for step in pipe.steps(old["prompt"], clip_skip=old["clip_skip"], **options):
+        for step in pipe.steps(old["prompt"], clip_skip=old["clip_skip"], **options):  # noqa: B007
             bar.update()
         image = pipe.decode(step.x)[0]
     record = make_record(pipe, args.model or old["model"], model_hash(), settings, old["clip_skip"], batch=1)

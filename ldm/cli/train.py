@@ -39,7 +39,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 def add_stage(p: argparse.ArgumentParser, stage: str) -> None:
     recipe = "(default: the recipe's)"
-    p.set_defaults(run=run, stage=stage)
+    p.set_defaults(run=run, parser=p, stage=stage)
     p.add_argument(
         "--run", dest="folder", metavar="DIR", default="runs/scenes", help="the run's folder (default: runs/scenes)"
     )
@@ -67,12 +67,15 @@ def add_stage(p: argparse.ArgumentParser, stage: str) -> None:
 
 
 def add_export(p: argparse.ArgumentParser) -> None:
-    p.set_defaults(run=run_export)
+    p.set_defaults(run=run_export, parser=p)
     p.add_argument(
         "--run", dest="folder", metavar="DIR", default="runs/scenes", help="the run's folder (default: runs/scenes)"
     )
     p.add_argument(
-        "--to", default="weights/scenes", metavar="DIR", help="the new model folder (default: weights/scenes)"
+        "--to",
+        default="weights/scenes",
+        metavar="DIR",
+        help="the model folder; one that is there is replaced as a whole (default: weights/scenes)",
     )
     p.add_argument("--name", default="unet", metavar="NAME", help="the UNet's folder in the run (default: unet)")
     p.add_argument("--steps", type=whole(1), default=25, help="steps it is best drawn with (default: 25)")

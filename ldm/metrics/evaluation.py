@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ldm import scenes
 from ldm.errors import LDMError
+from ldm.io.folders import folder_hash, read_json, write_json
 from ldm.io.weights import load_weights
 from ldm.pipeline import Pipeline
 from ldm.train.checker import Checker, answers
@@ -138,9 +139,9 @@ def evaluate_pictures(
 
     With `folder`, pictures and verdicts are kept there, and what is already there is not drawn again.
     """
-    log = None if folder is None else folder / "verdicts.jsonl"
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log and log.exists() else []
-    verdicts = [row["verdict"] for row in done]
+    log = None if folder is None else begin_log(folder, pipe, options)
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log else []
+    verdicts = [row["verdict"] for row in done[: len(wanted)]]
     for part in batches(wanted[len(done) :], batch, "drawing"):
         first = len(verdicts)
         captions = [scenes.caption(scene, scene.seed, full=True) for scene in part]
@@ -148,13 +149,24 @@ def evaluate_pictures(
         found = judge(checker, part, to_tensor(np.stack([np.asarray(image) for image in images])))
         verdicts += found
         if log is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             for k, image in enumerate(images):
                 image.save(folder / f"{first + k:05d}.png")
             with open(log, "a") as file:
                 rows = zip(captions, found, strict=True)
                 file.writelines(json.dumps({"caption": caption, "verdict": v}) + "\n" for caption, v in rows)
     return tally(verdicts)
+
+
+def begin_log(folder: Path, pipe: Pipeline, options: dict) -> Path:
+    """The file of verdicts in `folder`. Raises LDMError where the folder holds another model's or other settings'."""
+    folder.mkdir(parents=True, exist_ok=True)
+    this = {"model": folder_hash(pipe.folder), "options": options}
+    settings, log = folder / "settings.json", folder / "verdicts.jsonl"
+    if settings.exists() and read_json(settings) != this:
+        raise LDMError(f"{folder} holds pictures of another model or of other settings: name another folder.")
+    write_json(settings, this)
+    log.touch()
+    return log
 
 
 def sheet(folder: Path, count: int = 100, columns: int = 10) -> Image.Image:

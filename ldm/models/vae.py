@@ -216,7 +216,7 @@ class VAE(nn.Module):
 
     @staticmethod
     def rename(key: str) -> str:
-        """A key of a diffusers file -> ours. Before version 0.15, Stable Diffusion 1's time, attention had other names."""
+        """A key of a diffusers file -> ours. Files of Stable Diffusion 1's time name attention otherwise."""
         for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
             key = key.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
         return key

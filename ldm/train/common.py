@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm.errors import LDMError
 from ldm.io.atomic import atomic_file
-from ldm.io.weights import save_weights, write_json
+from ldm.io.weights import read_tensors, save_weights, write_json
 from ldm.train.muon import Muon, split_parameters
 
 
@@ -72,6 +73,21 @@ def write_model(folder: Path, model: nn.Module, stem: str, config: object = None
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", (config or model.config).to_json())
     save_weights(model.state_dict(), folder / f"{stem}.safetensors")
+
+
+def begin_from(model: nn.Module, file: Path, rename: Callable[[str], str | None] = lambda name: name) -> None:
+    """Give `model` the weights of a finished one, to train it further. What `file` lacks keeps its random beginning.
+
+    Raises LDMError for a tensor of `file` that the model has no place for.
+    """
+    found = {rename(name): tensor.float() for name, tensor, _ in read_tensors(file) if rename(name) is not None}
+    own = model.state_dict()
+    for name, tensor in found.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise LDMError(f"{file}: {name} {tuple(tensor.shape)} has no place in the {type(model).__name__} to train.")
+    model.load_state_dict(found, strict=False)
+    left = sorted(set(own) - set(found))
+    print(f"beginning from {file}" + (f", but not {', '.join(left)}" if left else ""))
 
 
 class EMA:

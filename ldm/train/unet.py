@@ -25,7 +25,7 @@ from ldm.samplers import dpmpp_2m, sample
 from ldm.schedules import ScheduleConfig, alpha_bars, make_schedule
 from ldm.text.clip import TextConfig, TextEncoder
 from ldm.text.tokenizer import Tokenizer
-from ldm.train.common import EMA, Optimizer, Run, step_generator, trapezoid, write_model
+from ldm.train.common import EMA, Optimizer, Run, begin_from, step_generator, trapezoid, write_model
 from ldm.train.data import Pictures, pictures
 
 CONFIG = UNetConfig(
@@ -74,6 +74,7 @@ class Recipe:
     snr_cap: float = 5.0
     ema: float = 0.999
     seed: int = 0
+    init: str = ""  # a model folder to begin from, otherwise at random
     sheet_every: int = 1000
     device: str = "cpu"
 
@@ -172,6 +173,9 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
     torch.manual_seed(recipe.seed)
     unet = UNet(CONFIG).to(device, memory_format=torch.channels_last)
     torch.nn.init.zeros_(unet.conv_out.weight)  # begin by predicting nothing, not by unlearning a guess
+    if recipe.init:
+        begin_from(unet, Path(recipe.init) / "unet" / "diffusion_pytorch_model.safetensors")
+        begin_from(text, Path(recipe.init) / "text_encoder" / "model.safetensors", TextEncoder.rename)
     text.train().requires_grad_(recipe.text == "tuned")
     trained = torch.nn.ModuleDict({"unet": unet, "text": text})
     scheduler = ScheduleConfig.from_json(SCHEDULER)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.models.vae import VAE, VAEConfig
-from ldm.train.common import EMA, Optimizer, Run, step_generator, trapezoid, write_model
+from ldm.train.common import EMA, Optimizer, Run, begin_from, step_generator, trapezoid, write_model
 from ldm.train.data import Pictures, pictures, to_tensor
 
 CONFIG = VAEConfig(
@@ -38,6 +38,7 @@ class Recipe:
     kl_weight: float = 1e-6
     object_weight: float = 3.0
     seed: int = 0
+    init: str = ""  # a model folder to begin from, otherwise at random
     sheet_every: int = 500
     device: str = "cpu"
 
@@ -117,6 +118,8 @@ def train(folder: Path, recipe: Recipe = Recipe(), config: VAEConfig = CONFIG) -
     held = pictures(folder / "data", recipe.held_out, "held-out", first=10_000_000)
     torch.manual_seed(recipe.seed)
     vae = VAE(config).to(recipe.device, memory_format=torch.channels_last)
+    if recipe.init:
+        begin_from(vae, Path(recipe.init) / "vae" / "diffusion_pytorch_model.safetensors")
     optimizer, ema = Optimizer([vae], recipe.lr), EMA(vae, 0.998)
     run = Run(folder / "vae", {"vae": vae, "optimizer": optimizer, "ema": ema}, recipe.steps)
     for step in run.steps():

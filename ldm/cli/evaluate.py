@@ -1,0 +1,39 @@
+"""`ldm evaluate`: draw pictures for held-out scenes, have the checker read them, and print how much is right."""
+
+import argparse
+from pathlib import Path
+
+from ldm.cli.options import add_model_options, open_model, real, whole
+from ldm.errors import LDMError, nearest
+
+HELP = """Draw a picture for each of many held-out scenes, and have a checker read what it shows.
+
+Prints, question by question, the share of right answers on true pictures, on the VAE's reconstructions of them and on
+drawn pictures, with 95 % confidence intervals, and the VAE's PSNR. Needs the checker that travels with the model (the
+folder named like the model's, with "-extras" behind it). With --out, pictures and verdicts are kept in a folder, and a
+run that was stopped goes on where it was."""
+
+
+def add(commands: "argparse._SubParsersAction") -> None:
+    p = commands.add_parser("evaluate", help="measure how much of what is asked for is drawn", description=HELP)
+    p.set_defaults(run=run)
+    add_model_options(p)
+    p.add_argument("--count", type=whole(1), default=1000, metavar="N", help="pictures (default: 1000)")
+    p.add_argument("--steps", type=whole(1), metavar="N", help="steps a picture (default: the model's)")
+    p.add_argument("--guidance", type=real(0), metavar="S", help="guidance scale (default: the model's)")
+    p.add_argument("--sampler", metavar="NAME", help="sampler (default: the model's)")
+    p.add_argument("--batch", type=whole(1), default=20, metavar="N", help="pictures drawn at once (default: 20)")
+    p.add_argument("--out", metavar="DIR", help="keep the pictures, a sheet of them and the verdicts there")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ldm.metrics.evaluation import evaluate
+    from ldm.samplers import SAMPLERS
+
+    if args.sampler is not None and args.sampler not in SAMPLERS:
+        known = ", ".join(SAMPLERS)
+        raise LDMError(f"Unknown sampler {args.sampler!r}: ldm has {known}.{nearest(args.sampler, SAMPLERS)}")
+    pipe, _ = open_model(args.model, args.dtype, args.device)
+    options = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler, "batch": args.batch}
+    folder = Path(args.out) if args.out else None
+    evaluate(pipe, args.count, folder, **{name: value for name, value in options.items() if value is not None})

@@ -1,0 +1,758 @@
+"""The command line: what it draws, where it puts it, what it says, and that nothing is lost."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import DEFAULTS, SIZE, plant, tiny_model
+
+import ldm
+from ldm.cli import inside, main, options, plan, train
+from ldm.cli.record import pixel_hash
+from ldm.io.folders import folder_hash
+from ldm.io.png import read_settings, save_png
+from ldm.pipeline import Pipeline
+from ldm.samplers import SAMPLERS
+
+HOUSE = "a large red house"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def cli(model, tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder; status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, status=0, model=model):
+        words = [str(word) for word in words]
+        named = ["--model", str(model)] if words[0] == "generate" and model and "--model" not in words else []
+        found = main([*words, *named])
+        out, err = capsys.readouterr()
+        assert found == status, err
+        assert "Traceback" not in err
+        return SimpleNamespace(out=out, err=err, lines=out.splitlines())
+
+    return run
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """A list that grows by (prompt, seed, count) with every run of the model."""
+    calls, steps = [], Pipeline.steps
+
+    def counted(self, prompt, *, seed=0, count=1, **rest):
+        calls.append((prompt, seed, count))
+        return steps(self, prompt, seed=seed, count=count, **rest)
+
+    monkeypatch.setattr(Pipeline, "steps", counted)
+    return calls
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image, dtype=int)
+
+
+def apart(a, b):
+    return np.abs(pixels(a) - pixels(b)).max()
+
+
+def names(folder="."):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- one picture
+
+
+def test_draws_what_the_pipeline_draws_and_says_where(cli, model):
+    assert cli("generate", HOUSE, "--seed", 7, "--out", "a.png").lines == ["a.png"]
+    with Image.open("a.png") as image:
+        assert np.array_equal(np.asarray(image), np.asarray(ldm.load(model)(HOUSE, seed=7).images[0]))
+    assert pixels("a.png").std() > 5  # it is no even surface: two of them are equal for a reason
+
+
+def test_the_png_says_how_it_was_made(cli, model):
+    cli("generate", HOUSE, "--seed", 7, "--out", "a.png", "--negative", "a tree", "--height", 2 * SIZE)
+    found = read_settings("a.png")
+    assert found == {
+        "prompt": HOUSE, "negative": "a tree", "seed": 7, **DEFAULTS, "eta": 0.0, "width": SIZE, "height": 2 * SIZE,
+        "clip_skip": 0, "dtype": "float32", "model": str(model), "model_hash": folder_hash(model), "device": "cpu",
+        "batch": 1, "version": ldm.__version__, "torch": str(torch.__version__),
+        "pixels": pixel_hash(Image.open("a.png")),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, key, value",
+    [
+        (["--seed", "8"], "seed", 8),
+        (["--negative", "red"], "negative", "red"),
+        (["--steps", "4"], "steps", 4),
+        (["--guidance", "5"], "guidance", 5.0),
+        (["--guidance", "0"], "guidance", 0.0),
+        (["--sampler", "euler"], "sampler", "euler"),
+        (["--sampler", "ddim", "--eta", "1"], "eta", 1.0),
+        (["--width", "64"], "width", 64),
+        (["--height", "48"], "height", 48),
+        (["--clip-skip", "1"], "clip_skip", 1),
+        (["--dtype", "float64"], "dtype", "float64"),
+        (["--dtype", "bfloat16"], "dtype", "bfloat16"),
+        (["--device", "cpu"], "device", "cpu"),
+    ],
+)
+def test_every_setting_arrives_in_the_picture(cli, words, key, value):
+    cli("generate", HOUSE, "--out", "plain.png")
+    cli("generate", HOUSE, "--out", "set.png", *words)
+    assert read_settings("set.png")[key] == value
+    if key in ("width", "height"):
+        assert pixels("set.png").shape[key == "width"] == value
+    elif key not in ("dtype", "device"):
+        assert apart("plain.png", "set.png") > 0
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", "ein großes Haus 🏠 家", "\x00", "a 'quoted' \"word\"\nof two lines"])
+def test_any_text_is_a_prompt(cli, prompt):
+    path = cli("generate", prompt).lines[0]
+    assert read_settings(path)["prompt"] == prompt
+
+
+def test_the_empty_prompt_is_unconditional(cli):
+    cli("generate", "", "--out", "a.png", "--guidance", 9)
+    cli("generate", "", "--out", "b.png", "--guidance", 1)
+    assert apart("a.png", "b.png") <= 1
+
+
+def test_a_prompt_that_is_cut_is_said(cli):
+    found = cli("generate", "a red house " * 60 + "zebra", "--out", "a.png")
+    assert "longer than 77 tokens" in found.err and "zebra" in found.err
+
+
+def test_a_negative_prompt_without_guidance_is_said_to_do_nothing(cli):
+    assert "does nothing" in cli("generate", HOUSE, "--negative", "red", "--guidance", 1).err
+
+
+# ---------------------------------------------------------------------------------------------- several
+
+
+def test_count_takes_the_next_seeds_and_equals_each_drawn_alone(cli):
+    together = cli("generate", HOUSE, "--seed", 7, "--count", 3, "--out", "t.png").lines
+    alone = cli("generate", HOUSE, "--seed", 7, "--count", 3, "--out", "o.png", "--one-by-one").lines
+    assert together == ["t-7.png", "t-8.png", "t-9.png"] and alone == ["o-7.png", "o-8.png", "o-9.png"]
+    for seed in (7, 8, 9):
+        cli("generate", HOUSE, "--seed", seed, "--out", "single.png")
+        assert apart(f"t-{seed}.png", "single.png") <= 1
+        assert apart(f"o-{seed}.png", "single.png") == 0
+        assert read_settings(f"t-{seed}.png")["seed"] == seed
+        assert read_settings(f"t-{seed}.png")["batch"] == 3 and read_settings(f"o-{seed}.png")["batch"] == 1
+    assert apart("t-7.png", "t-8.png") > 5
+
+
+def test_batches(cli, runs):
+    cli("generate", HOUSE, "--count", 5, "--batch", 2)
+    cli("generate", HOUSE, "--count", 2, "--seed", 10, "--one-by-one")
+    assert runs == [(HOUSE, 0, 2), (HOUSE, 2, 2), (HOUSE, 4, 1), (HOUSE, 10, 1), (HOUSE, 11, 1)]
+
+
+def test_names_in_a_folder_tell_prompts_apart():
+    alike = [
+        "a red house",
+        "A red house",
+        "a red-house",
+        "a red house!",
+        "a  red house",
+        "",
+        "!",
+        "x" * 300,
+        "x" * 301,
+        "家" * 90,
+    ]
+    found = [plan.slug(prompt) for prompt in alike]
+    assert found[0] == "a-red-house" and len(set(found)) == len(alike)
+    assert all(0 < len(name.encode()) < 100 and "/" not in name for name in found)
+
+
+def test_where_pictures_go(cli):
+    Path("there").mkdir()
+    assert cli("generate", HOUSE).lines == ["a-large-red-house-0.png"]
+    assert cli("generate", HOUSE, "--out", "there").lines == ["there/a-large-red-house-0.png"]
+    assert cli("generate", HOUSE, "--out", "new/deep/", "--seed", 3).lines == ["new/deep/a-large-red-house-3.png"]
+
+
+# ---------------------------------------------------------------------------------------------- nothing is lost
+
+
+def test_a_named_picture_of_ours_is_replaced_but_no_strangers_file(cli):
+    cli("generate", HOUSE, "--out", "a.png")
+    cli("generate", HOUSE, "--out", "a.png", "--seed", 1)
+    assert read_settings("a.png")["seed"] == 1
+    Image.new("RGB", (4, 4)).save("photo.png")
+    photo = Path("photo.png").read_bytes()
+    for command in (["generate", HOUSE], ["rerun", "a.png"]):
+        assert "not drawn by ldm" in cli(*command, "--out", "photo.png", status=1).err
+    assert Path("photo.png").read_bytes() == photo
+    cli("generate", HOUSE, "--out", "photo.png", "--overwrite")
+    assert read_settings("photo.png")["prompt"] == HOUSE
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text(
+        "\ufeff# three of them\na red house\n\n  a blue house  \r\na red house\nZwei Häuser\n", encoding="utf-8"
+    )
+    return path
+
+
+def test_prompts_of_a_file_and_what_is_drawn_is_not_drawn_again(cli, prompts, runs):
+    first = cli("generate", "--prompts", prompts, "--count", 2)
+    assert [call[0] for call in runs] == ["a red house", "a blue house", "Zwei Häuser"]
+    assert first.lines[:2] == ["pictures/a-red-house-0.png", "pictures/a-red-house-1.png"]
+    assert names("pictures") == sorted(Path(line).name for line in first.lines) and len(first.lines) == 6
+    before = {path: path.stat().st_mtime_ns for path in Path("pictures").iterdir()}
+
+    runs.clear()
+    again = cli("generate", "--prompts", prompts, "--count", 2)
+    assert runs == [] and again.out == "" and "6 of 6 pictures are drawn already" in again.err
+
+    Path("pictures/a-red-house-1.png").unlink()
+    prompts.write_text("one more\n" + prompts.read_text(encoding="utf-8-sig"), encoding="utf-8")
+    cli("generate", "--prompts", prompts, "--count", 2)
+    assert runs == [("one more", 0, 2), ("a red house", 1, 1)]
+    del before[Path("pictures/a-red-house-1.png")]
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+def test_pictures_of_other_settings_are_in_the_way_until_told_otherwise(cli, prompts, runs):
+    cli("generate", "--prompts", prompts, "--out", "p")
+    runs.clear()
+    found = cli("generate", "--prompts", prompts, "--out", "p", "--steps", 2, status=1)
+    assert "p/a-red-house-0.png was drawn with other settings (steps: 3 then, 2 now) (and 2 more" in found.err
+    assert runs == [] and read_settings("p/a-red-house-0.png")["steps"] == 3
+    cli("generate", "--prompts", prompts, "--out", "p", "--steps", 2, "--overwrite")
+    assert len(runs) == 3 and read_settings("p/a-red-house-0.png")["steps"] == 2
+
+
+def test_other_weights_are_other_settings(cli, tmp_path, tmp_path_factory):
+    other = tiny_model(tmp_path_factory.mktemp("models") / "other", seed=1)
+    cli("generate", HOUSE)
+    assert "model_hash" in cli("generate", HOUSE, model=other, status=1).err
+
+
+def test_a_strangers_file_is_in_the_way_too(cli):
+    Path("a-large-red-house-0.png").write_text("a diary")
+    assert "not drawn by ldm" in cli("generate", HOUSE, status=1).err
+    assert Path("a-large-red-house-0.png").read_text() == "a diary"
+
+
+def test_one_by_one_draws_again_what_was_drawn_in_a_batch(cli):
+    cli("generate", HOUSE, "--count", 2)
+    assert "batch: 2 then, 1 now" in cli("generate", HOUSE, "--one-by-one", status=1).err
+
+
+def test_ctrl_c_leaves_whole_files_and_the_next_run_goes_on(cli, prompts, monkeypatch, runs):
+    steps = Pipeline.steps
+
+    def interrupted(self, prompt, **rest):
+        for step in steps(self, prompt, **rest):
+            if prompt == "a blue house" and step.i == 1:
+                raise KeyboardInterrupt
+            yield step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "steps", interrupted)
+        found = cli("generate", "--prompts", prompts, "--save-steps", "in", status=130)
+    assert found.err == "ldm: Stopped: 1 of 3 pictures are finished; the same command draws the others.\n"
+    assert names("pictures") == ["a-red-house-0.png"] and names("in/a-blue-house-0") == ["step-00.png"]
+    runs.clear()
+    cli("generate", "--prompts", prompts, "--save-steps", "in")
+    assert [call[0] for call in runs] == ["a blue house", "Zwei Häuser"]
+    assert len(names("pictures")) == 3 and len(names("in/a-blue-house-0")) == 4
+
+
+def test_ctrl_c_while_a_picture_is_written(cli, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    assert "0 of 1 pictures" in cli("generate", HOUSE, status=130).err
+    assert names() == []
+
+
+# ---------------------------------------------------------------------------------------------- inside a run
+
+
+def test_save_steps_shows_every_prediction_and_a_sheet(cli, model):
+    cli("generate", HOUSE, "--out", "a.png", "--save-steps", "in/side")
+    assert names("in/side") == ["contact-sheet.png", "step-00.png", "step-01.png", "step-02.png"]
+    pipe = ldm.load(model)
+    for step in pipe.steps(HOUSE):
+        path = f"in/side/step-{step.i:02d}.png"
+        assert np.array_equal(pixels(path), np.asarray(pipe.decode(step.x0)[0]))
+        assert (read_settings(path)["step"], read_settings(path)["t"]) == (step.i, step.level.t)
+    assert "inside of a run" in cli("rerun", "in/side/step-01.png", status=1).err
+    plain = pixels("a.png")
+    cli("generate", HOUSE, "--out", "b.png")
+    assert np.array_equal(plain, pixels("b.png"))  # looking changes nothing
+
+
+def test_save_steps_of_several_pictures(cli):
+    cli("generate", HOUSE, "--count", 2, "--seed", 5, "--out", "a.png", "--save-steps", "in")
+    assert names("in") == ["a-5", "a-6"] and len(names("in/a-5")) == len(names("in/a-6")) == 4
+
+
+def test_steps_of_another_run_are_in_the_way(cli):
+    cli("generate", HOUSE, "--out", "a.png", "--save-steps", "in")
+    assert "belongs to another run" in cli("generate", HOUSE, "--steps", 2, "--save-steps", "in", status=1).err
+    assert len(names("in")) == 4
+    cli("generate", HOUSE, "--out", "a.png", "--save-steps", "in")  # the same run may
+    cli("generate", HOUSE, "--steps", 2, "--save-steps", "in", "--overwrite")
+    assert names("in") == ["contact-sheet.png", "step-00.png", "step-01.png"]
+
+
+def test_a_finished_picture_whose_steps_are_wanted_is_drawn_again(cli, runs):
+    cli("generate", HOUSE)
+    cli("generate", HOUSE, "--save-steps", "in")
+    assert len(runs) == 2 and len(names("in")) == 4
+
+
+def test_contact_sheet_labels_never_overlap():
+    thumbs = [(Image.new("RGB", (16, 16), "red"), f"{i}   t = {961.25 - i}") for i in range(7)]
+    sheet = np.asarray(inside.contact_sheet(thumbs)).astype(int)
+    red = (sheet == (255, 0, 0)).all(axis=2)
+    assert red.sum() == 7 * 16 * 16 and (sheet.sum(axis=2) < 300).any()
+    columns = np.flatnonzero(red.any(axis=0))
+    starts = columns[np.diff(columns, prepend=-9) > 1]
+    assert len(starts) > 1 and np.diff(starts).min() > 60  # a label is some 60 pixels wide
+
+
+# ---------------------------------------------------------------------------------------------- rerun
+
+
+def test_rerun_of_a_picture_drawn_alone_is_identical(cli):
+    cli("generate", HOUSE, "--seed", 7, "--out", "a.png", "--negative", "red", "--sampler", "ddim", "--eta", 0.5,
+        "--width", 64, "--clip-skip", 1, "--guidance", 3, "--steps", 4, "--dtype", "float64")  # fmt: skip
+    assert cli("rerun", "a.png").lines == ["a.png: identical."]
+    assert cli("rerun", "a.png", "--out", "b.png").lines[0] == "b.png"
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_rerun_of_a_picture_of_a_batch(cli):
+    cli("generate", HOUSE, "--count", 3, "--out", "a.png")
+    for seed in range(3):
+        found = cli("rerun", f"a-{seed}.png").out
+        assert "identical" in found or ("within one grey level" in found and "batch: 3 then, 1 now" in found)
+
+
+def edit(path, image=None, **changes):
+    """Save a picture of ldm again, with other settings or pixels."""
+    with Image.open(path) as old:
+        save_png(image or old.copy(), path, {**read_settings(path), **changes})
+
+
+def test_rerun_says_what_differs(cli, tmp_path_factory):
+    other = tiny_model(tmp_path_factory.mktemp("models") / "other", seed=1)
+    cli("generate", HOUSE, "--out", "a.png")
+    found = cli("rerun", "a.png", "--model", other, status=1).out
+    assert "different in" in found and "model_hash: " in found and "torch" not in found
+    edit("a.png", torch="1.13", version="0.0.1")
+    found = cli("rerun", "a.png").out  # the picture is the same in spite of them
+    assert "identical" in found and "torch: '1.13' then" in found and "version: '0.0.1' then" in found
+
+
+def test_rerun_notices_edited_pixels(cli):
+    cli("generate", HOUSE, "--out", "a.png")
+    with Image.open("a.png") as image:
+        edited = image.copy()
+    edited.paste((255, 0, 0), (0, 0, 4, 4))
+    edit("a.png", edited)
+    found = cli("rerun", "a.png", status=1).out
+    assert (
+        "different in 16 of 1024 pixels" in found and "edited since; those that were are drawn again exactly" in found
+    )
+
+
+def test_rerun_where_nothing_recorded_differs(cli):
+    cli("generate", HOUSE, "--out", "a.png")
+    noise = Image.effect_noise((SIZE, SIZE), 90).convert("RGB")
+    edit("a.png", noise, pixels=pixel_hash(noise))
+    assert "nothing that the file records is different" in cli("rerun", "a.png", status=1).out
+
+
+def test_rerun_falls_back_to_the_cpu(cli):
+    cli("generate", HOUSE, "--out", "a.png")
+    edit("a.png", device="cuda:77")
+    found = cli("rerun", "a.png")
+    assert "no device 'cuda:77' here: drawing on the CPU" in found.err and "device: 'cuda:77' then" in found.out
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"steps": "many"}, "lack a sound 'steps' ('many')"),
+        ({"seed": True}, "lack a sound 'seed'"),
+        ({"width": 4096}, "don't belong together"),
+        ({"dtype": "load"}, "don't belong together"),
+        ({"sampler": "eluer"}, "Did you mean 'euler'?"),
+        ({"model": "/no/such"}, "--model says where it is now"),
+    ],
+)
+def test_rerun_trusts_no_settings(cli, changes, sentence):
+    cli("generate", HOUSE, "--out", "a.png")
+    edit("a.png", **changes)
+    assert sentence in cli("rerun", "a.png", status=1).err
+
+
+def test_rerun_of_what_is_no_picture_of_ours(cli):
+    cli("generate", HOUSE, "--out", "a.png")
+    whole = Path("a.png").read_bytes()
+    Path("short.png").write_bytes(whole[: len(whole) // 2])
+    start = whole.index(b"IDAT") + 10
+    Path("broken.png").write_bytes(whole[:start] + b"??????" + whole[start + 6 :])
+    Image.new("RGB", (4, 4)).save("photo.png")
+    for name, sentence in {
+        "none.png": "does not exist",
+        "short.png": "is truncated",
+        "broken.png": "is damaged",
+        "photo.png": "holds no settings of ldm",
+    }.items():
+        found = cli("rerun", name, status=1).err
+        assert name in found and sentence in found and found.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------- sentences
+
+BAD = [  # words after `generate`, exit status, what the sentence says
+    ([HOUSE, "--model", "no/such/folder"], 1, "There is no model 'no/such/folder'"),
+    ([HOUSE, "--model", "empty"], 1, "empty is not a model folder"),
+    ([HOUSE, "--sampler", "eulr"], 1, "Unknown sampler 'eulr': ldm has ddpm, ddim, euler"),
+    ([HOUSE, "--sampler", "eulr"], 1, "Did you mean 'euler'?"),
+    ([HOUSE, "--width", "100"], 1, "width must be a multiple of 8, not 100"),
+    ([HOUSE, "--height", "7"], 1, "height must be a multiple of 8, not 7"),
+    ([HOUSE, "--width", "0"], 2, "--width must be 1 or more, not 0"),
+    ([HOUSE, "--height", "160000"], 2, "--height must be at most 16384"),
+    ([HOUSE, "--steps", "0"], 2, "--steps must be 1 or more, not 0"),
+    ([HOUSE, "--steps", "-3"], 2, "--steps must be 1 or more, not -3"),
+    ([HOUSE, "--steps", "1.5"], 2, "--steps must be a whole number, not '1.5'"),
+    ([HOUSE, "--steps", "1001"], 1, "1001 steps asked for; this model's schedule has between 1 and 1000"),
+    ([HOUSE, "--count", "0"], 2, "--count must be 1 or more"),
+    ([HOUSE, "--seed", "-1"], 2, "--seed must be 0 or more"),
+    ([HOUSE, "--seed", str(2**63)], 2, "--seed must be at most"),
+    ([HOUSE, "--guidance", "nan"], 2, "--guidance must be finite, not nan"),
+    ([HOUSE, "--guidance", "much"], 2, "--guidance must be a number, not 'much'"),
+    ([HOUSE, "--eta", "2"], 2, "--eta must be between 0 and 1, not 2"),
+    ([HOUSE, "--eta", "1"], 1, "--eta is an option of the sampler ddim, not of dpm++"),
+    ([HOUSE, "--clip-skip", "3"], 1, "clip_skip 3 asked for, but the text encoder has 2 layers"),
+    ([HOUSE, "--dtype", "flaot16"], 2, "not 'flaot16'. Did you mean 'float16'?"),
+    ([HOUSE, "--device", "cuad"], 1, "Unknown device 'cuad': ldm knows cpu, cuda, mps. Did you mean 'cuda'?"),
+    ([HOUSE, "--device", "cuda:99"], 1, "There is no device 'cuda:99'"),
+    ([HOUSE, "--device", "cpu:1"], 1, "the last one here is cpu:0"),
+    ([HOUSE, "--out", "a.jpg"], 1, "--out a.jpg must end in .png"),
+    ([HOUSE, "--out", ".png"], 1, "must end in .png"),
+    ([HOUSE, "--out", "nowhere/a.png"], 1, "the folder nowhere does not exist"),
+    ([HOUSE, "--out", "file.txt/a.png"], 1, "Cannot write file.txt/a.png: Not a directory"),
+    ([HOUSE, "--out", "file.txt/sub/"], 1, "Cannot make the folder file.txt/sub: Not a directory"),
+    ([HOUSE, "--out", "folder.png", "--count", "2", "--seed", "3"], 1, "a folder of that name stands there"),
+    ([HOUSE, "--save-steps", "file.txt"], 1, "Cannot make the folder file.txt"),
+    ([], 2, "Say what to draw"),
+    (
+        [HOUSE, "--prompts", "p.txt"],
+        2,
+        "Say what to draw: one prompt in quotation marks, or --prompts FILE, and not both",
+    ),
+    (["--prompts", "none.txt"], 1, "Cannot read the prompts in none.txt: No such file"),
+    (["--prompts", "empty"], 1, "Cannot read the prompts in empty: Is a directory"),
+    (["--prompts", "blank.txt"], 1, "There is no prompt in blank.txt"),
+    (["--prompts", "latin.txt"], 1, "latin.txt is not UTF-8 text (byte 1)"),
+    (["--prompts", "p.txt", "--out", "a.png"], 1, "give --out a folder, not a.png"),
+    (["a", "red", "house"], 2, "'red' is one word too many: put words that belong together in quotation marks"),
+    ([HOUSE, "--stepps", "3"], 2, "Unknown option --stepps. Did you mean '--steps'?"),
+    ([HOUSE, "--prompt=x"], 2, "Unknown option --prompt. Did you mean '--prompts'?"),
+    ([HOUSE, "--steps"], 2, "--steps expected one argument"),
+    ([os.fsdecode(b"a red \xff house")], 1, "not valid UTF-8"),
+]
+
+
+@pytest.mark.parametrize("words, status, sentence", BAD)
+def test_bad_input_gets_one_sentence_and_leaves_nothing(cli, words, status, sentence):
+    for folder in ("empty", "folder-3.png"):
+        Path(folder).mkdir()
+    Path("file.txt").write_text("x")
+    Path("p.txt").write_text("a house")
+    Path("blank.txt").write_text("\n# only a remark\n")
+    Path("latin.txt").write_bytes(b"\n\xe9")
+    before = names()
+    found = cli("generate", *words, status=status)
+    assert found.err.startswith("ldm: ") and found.err.count("\n") == 1 and sentence in found.err
+    assert found.out == "" and names() == before
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ([], "The following arguments are required: COMMAND"),
+        (["generat"], "Unknown command 'generat': generate, rerun, train. Did you mean 'generate'?"),
+        (["train", "uent"], "Unknown stage 'uent': vae, clip, checker, unet, all, export. Did you mean 'unet'?"),
+        (["train"], "required: STAGE"),
+        (["train", "vae", "--text", "frozen"], "Unknown option --text."),
+        (["train", "all", "--lr", "1"], "Unknown option --lr."),
+        (["train", "unet", "--text", "frosen"], "--text must be frozen or tuned, not 'frosen'. Did you mean 'frozen'?"),
+        (["rerun"], "required: picture"),
+    ],
+)
+def test_bad_commands(cli, words, sentence):
+    found = main(words), cli("generate", status=2)  # the second only to collect what the first said
+    assert found[0] == 2 and sentence in found[1].err
+
+
+def test_the_nearest_model_is_named(cli, monkeypatch, model):
+    monkeypatch.setattr("ldm.loading.embedded", lambda: {"scenes": model})
+    found = cli("generate", HOUSE, "--model", "sceens", status=1)
+    assert "There is no model 'sceens'" in found.err and "Did you mean 'scenes'?" in found.err
+    assert cli("generate", HOUSE, "--out", "a.png", model=None).lines == ["a.png"]  # and scenes is the default
+
+
+# ---------------------------------------------------------------------------------------------- damaged models
+
+CULPRITS = {  # part: a number at its end, so that what it makes is what is not finite
+    "text_encoder": ("final_layer_norm.weight", "the text encoder returned"),
+    "unet": ("conv_out.bias", "the UNet, in step 1 of 3 returned"),
+    "vae": ("decoder.conv_out.bias", "the VAE's decoder returned"),
+}
+
+
+@pytest.fixture
+def damaged(model, tmp_path_factory):
+    return Path(shutil.copytree(model, tmp_path_factory.mktemp("models") / "damaged"))
+
+
+@pytest.mark.parametrize("part", CULPRITS)
+def test_nan_in_the_weights_is_named(cli, damaged, part):
+    plant(damaged, part, CULPRITS[part][0], float("nan"))
+    found = cli("generate", HOUSE, model=damaged, status=1).err
+    assert f"{part}/" in found and CULPRITS[part][0] in found and "1 NaN" in found and names() == []
+
+
+@pytest.mark.parametrize("part", CULPRITS)
+def test_numbers_that_become_infinite_are_named_and_never_a_black_picture(cli, damaged, part):
+    name, sentence = CULPRITS[part]
+    plant(damaged, part, name, 3e38)
+    if part == "vae":  # 3e38 is finite and would be white: in bfloat16's range, but halved and added to it is not
+        plant(damaged, part, "decoder.conv_norm_out.weight", 3e38)
+        plant(damaged, part, "decoder.conv_norm_out.bias", 3e38)
+    found = cli("generate", HOUSE, model=damaged, status=1).err
+    assert sentence in found and "not finite" in found and found.count("\n") == 1 and names() == []
+
+
+@pytest.mark.parametrize("part", CULPRITS)
+def test_truncated_weights(cli, damaged, part):
+    path = next((damaged / part).glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+    found = cli("generate", HOUSE, model=damaged, status=1).err
+    assert f"{path} is corrupt or truncated" in found and found.count("\n") == 1
+
+
+def test_damaged_configuration(cli, damaged):
+    (damaged / "unet" / "config.json").write_text("{")
+    assert "unet/config.json is not valid JSON" in cli("generate", HOUSE, model=damaged, status=1).err
+
+
+def test_an_error_late_in_a_run_leaves_what_was_drawn(cli, prompts, monkeypatch):
+    decode, calls = Pipeline.decode, []
+
+    def broken(self, x0):
+        calls.append(1)
+        return decode(self, x0 if len(calls) < 3 else x0 * float("nan"))
+
+    monkeypatch.setattr(Pipeline, "decode", broken)
+    found = cli("generate", "--prompts", prompts, status=1)
+    assert "the latents returned numbers" in found.err and len(found.lines) == 2
+    assert names("pictures") == ["a-blue-house-0.png", "a-red-house-0.png"]
+
+
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (MemoryError(), "Not enough memory"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+            "Not enough memory",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "Not enough memory"),
+        (OSError(28, "No space left on device", "a.png"), "a.png: No space left on device."),
+        (RuntimeError("mat1 and mat2\nshapes"), "Unexpected RuntimeError: mat1 and mat2 shapes (with LDM_TRACEBACK=1"),
+    ],
+)
+def test_errors_of_the_machine_are_sentences_too(cli, monkeypatch, error, sentence):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Pipeline, "steps", broken)
+    found = cli("generate", HOUSE, status=1).err
+    assert found.startswith(f"ldm: {sentence}") and found.count("\n") == 1
+    monkeypatch.setenv("LDM_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main(["generate", HOUSE, "--model", str(ROOT)]) or cli("generate", HOUSE)
+
+
+# ---------------------------------------------------------------------------------------------- the terminal
+
+
+def test_a_bar_where_someone_looks(cli, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        main(["generate", HOUSE, "--model", str(ROOT / "nothing")])
+        assert "step" not in terminal.getvalue()
+    assert options.progress(5).disable  # and none in a file
+
+
+def test_help_names_every_sampler_and_imports_no_torch():
+    code = "import sys; from ldm.cli import main; main(['generate', '--help']); assert 'torch' not in sys.modules"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "--save-steps" in found.stdout and sum(name in found.stdout for name in SAMPLERS) >= 4
+
+
+def start(*words, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "ldm", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, **options,
+    )  # fmt: skip
+
+
+def test_a_real_ctrl_c(model, tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(f"house {i}" for i in range(2000)))
+    with start("generate", "--prompts", "p.txt", "--model", model, cwd=tmp_path) as process:
+        first = process.stdout.readline().strip()
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    done = [first, *rest.split()]
+    assert err.strip() == f"ldm: Stopped: {len(done)} of 2000 pictures are finished; the same command draws the others."
+    assert names(tmp_path / "pictures") == sorted(Path(path).name for path in done)
+    assert all(pixels(tmp_path / path).shape == (SIZE, SIZE, 3) for path in done)
+
+
+def test_a_real_error_and_a_real_version(tmp_path):
+    with start("generate", HOUSE, "--model", "nowhere", cwd=tmp_path) as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "") and err.startswith("ldm: There is no model 'nowhere'")
+    assert "Traceback" not in err and err.count("\n") == 1
+    with start("--version", cwd=tmp_path) as process:
+        assert process.communicate(timeout=60)[0] == f"ldm {ldm.__version__}\n"
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Recipe:
+    pictures: int = 1
+    steps: int = 1
+    batch: int = 1
+    lr: float = 1.0
+    seed: int = 0
+    text: str = "tuned"
+    device: str = "cpu"
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Training that only takes notes: (stage, folder, recipe, other arguments)."""
+    calls = []
+    for stage in train.STAGES:
+
+        def note(folder, recipe, stage=stage, **rest):
+            calls.append((stage, folder, recipe, rest))
+            (folder / stage).mkdir(exist_ok=True)
+            (folder / stage / "config.json").write_text("{}")
+
+        monkeypatch.setattr(f"ldm.train.{stage}.Recipe", Recipe)
+        monkeypatch.setattr(f"ldm.train.{stage}.train", note)
+    return calls
+
+
+def test_train_all_goes_through_the_stages_in_order(cli, stages):
+    cli("train", "all", "--run", "r/new", "--steps", 5, "--pictures", 64, "--seed", 3, "--text", "frozen")
+    folder = Path("r/new")
+    plain = Recipe(pictures=64, steps=5, seed=3)
+    tuned = Recipe(pictures=64, steps=5, seed=3, text="frozen")
+    assert stages == [
+        ("vae", folder, plain, {}),
+        ("clip", folder, plain, {}),
+        ("checker", folder, plain, {}),
+        ("unet", folder, tuned, {"name": "unet"}),
+    ]
+
+
+def test_train_one_stage_with_its_options(cli, stages):
+    cli("train", "vae", "--batch", 4, "--lr", 0.5, "--device", "cpu")
+    assert stages == [("vae", Path("runs/scenes"), Recipe(batch=4, lr=0.5), {})]
+    assert (
+        "no trained clip yet, which unet needs: `ldm train clip --run runs/scenes`"
+        in cli("train", "unet", status=1).err
+    )
+    cli("train", "clip")
+    cli("train", "unet", "--name", "second", "--text", "frozen")
+    assert stages[-1] == ("unet", Path("runs/scenes"), Recipe(text="frozen"), {"name": "second"})
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_every_recipe_has_what_the_options_set(stage):
+    module = __import__(f"ldm.train.{stage}", fromlist=["Recipe"])
+    known = {field.name for field in fields(module.Recipe)}
+    assert {"pictures", "steps", "batch", "lr", "seed", "device"} <= known and ("text" in known) == (stage == "unet")
+
+
+def test_train_says_what_ctrl_c_leaves(cli, monkeypatch):
+    def stopped(folder, recipe):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ldm.train.vae.train", stopped)
+    found = cli("train", "all", "--run", "r", status=130)
+    assert found.err == "ldm: Stopped in vae; r holds what is done, the same command goes on.\n"
+
+
+def test_train_sentences(cli, stages):
+    Path("file").write_text("x")
+    assert "Cannot make the run's folder file/x" in cli("train", "vae", "--run", "file/x", status=1).err
+    assert "Unknown device 'gpu'" in cli("train", "vae", "--device", "gpu", status=1).err
+    assert "has no trained vae yet" in cli("train", "export", "--run", "r", status=1).err
+    assert "Did you mean 'euler'?" in cli("train", "export", "--sampler", "eulr", status=1).err
+
+
+def test_train_export(cli, monkeypatch):
+    calls = []
+    monkeypatch.setattr("ldm.train.export.export", lambda *rest: calls.append(rest))
+    for stage in ("vae", "clip", "checker", "second"):
+        Path("r", stage).mkdir(parents=True)
+    found = cli("train", "export", "--run", "r", "--to", "w/m", "--name", "second", "--steps", 9, "--guidance", 3)
+    assert calls == [(Path("r"), Path("w/m"), {"steps": 9, "guidance": 3.0, "sampler": "dpm++"}, "second")]
+    assert found.lines == ["w/m"] and Path("w").is_dir()
+
+
+def test_settings_survive_the_journey_through_json(cli):
+    cli("generate", 'ß "🏠"', "--out", "a.png", "--guidance", 0.1)
+    with Image.open("a.png") as image:
+        assert json.loads(image.text["ldm"]) == read_settings("a.png")
+    assert read_settings("a.png")["guidance"] == 0.1 and read_settings("a.png")["prompt"] == 'ß "🏠"'

@@ -1,0 +1,265 @@
+"""Folders: every layout that diffusers and transformers write or wrote, and a sentence for each that is no model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler
+from tiny import PROMPT
+
+import ldm
+from ldm import loading
+from ldm.errors import LDMError
+from ldm.io.folders import read_json
+from ldm.io.weights import read_tensors, save_weights
+
+SMALL = {"steps": 2, "width": 16, "height": 16}
+STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+
+
+@pytest.fixture
+def folder(models, tmp_path):
+    """A copy of the tiny SD 1 folder."""
+    return shutil.copytree(models.folder("sd1"), tmp_path / "model")
+
+
+def rewrite(path, **fields):
+    """Change fields of a JSON file; None removes one."""
+    content = {key: value for key, value in (read_json(path) | fields).items() if value is not None}
+    path.write_text(json.dumps(content))
+
+
+def weights(folder, part):
+    path = folder / part / f"{STEMS[part]}.safetensors"
+    return path, {name: tensor.clone() for name, tensor, _ in read_tensors(path)}
+
+
+def draws_what_the_plain_folder_draws(models, folder, **options):
+    expected, found = (pipe(PROMPT, **SMALL).x0 for pipe in (models.ours("sd1"), ldm.load(folder, **options)))
+    return torch.equal(found, expected) and expected.std() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------------- layouts
+
+
+def test_sharded_weights_are_read(models, tmp_path):
+    reference = models.reference("sd1")
+    reference.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    for part in STEMS:
+        assert len(list((tmp_path / "model" / part).glob("*-of-*.safetensors"))) > 1, part
+    assert draws_what_the_plain_folder_draws(models, tmp_path / "model")
+
+
+def test_a_variant_is_read_and_missing_ones_are_said(models, tmp_path, capsys):
+    """diffusers' `variant="fp16"`, in half precision as those files are: alone in the folder, and beside the others."""
+    reference, folder = models.reference("sd1"), tmp_path / "model"
+    halved = {name: tensor.half().float() for name, tensor in reference.unet.state_dict().items()}
+    reference.save_pretrained(folder, variant="fp16")
+    for part in STEMS:
+        (path,) = (folder / part).glob("*.fp16.safetensors")
+        save_weights({name: tensor.clone() for name, tensor, _ in read_tensors(path)}, path, torch.float16)
+    by_name = ldm.load(folder, variant="fp16")
+    assert capsys.readouterr().err == ""
+    assert by_name.unet.dtype == torch.float32
+    assert all(torch.equal(tensor, halved[name]) for name, tensor in by_name.unet.state_dict().items())
+    by_itself = ldm.load(folder)  # there is no other
+    assert capsys.readouterr().err.count("no weights without a variant; reading") == 3
+    assert torch.equal(by_itself(PROMPT, **SMALL).x0, by_name(PROMPT, **SMALL).x0)
+
+    shutil.copytree(models.folder("sd1"), folder, dirs_exist_ok=True)
+    assert draws_what_the_plain_folder_draws(models, folder)
+    assert torch.equal(ldm.load(folder, variant="fp16")(PROMPT, **SMALL).x0, by_name(PROMPT, **SMALL).x0)
+    capsys.readouterr()
+    assert draws_what_the_plain_folder_draws(models, folder, variant="bf16")
+    assert capsys.readouterr().err.count("no variant 'bf16'; reading") == 3
+
+
+def test_the_text_encoder_s_keys_may_have_the_old_prefix_and_position_numbers(models, folder):
+    path, tensors = weights(folder, "text_encoder")
+    prefixed = {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    prefixed["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    for layout in (prefixed, {name.removeprefix("text_model."): tensor for name, tensor in prefixed.items()}):
+        save_weights(layout, path)
+        assert draws_what_the_plain_folder_draws(models, folder)
+
+
+def test_the_vae_s_attention_may_have_its_old_names(models, folder):
+    """As in Stable Diffusion 1's own files; diffusers reads them too."""
+    path, tensors = weights(folder, "vae")
+    new = ("to_q", "to_k", "to_v", "to_out.0")
+    for name in list(tensors):
+        for old, now in zip(("query", "key", "value", "proj_attn"), new, strict=True):
+            if f"attentions.0.{now}." in name:
+                tensors[name.replace(now, old)] = tensors.pop(name)
+    assert sum("proj_attn" in name for name in tensors) == 4 and not any("to_q" in name for name in tensors)
+    save_weights(tensors, path)
+    theirs, ours = AutoencoderKL.from_pretrained(folder / "vae").state_dict(), ldm.load(folder).vae.state_dict()
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert draws_what_the_plain_folder_draws(models, folder)
+
+
+def test_parts_that_take_no_part_in_drawing_are_passed_over_with_a_line(models, folder, capsys):
+    index = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": [None, None],
+    }
+    rewrite(folder / "model_index.json", **index)
+    assert draws_what_the_plain_folder_draws(models, folder)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{folder}: safety_checker takes no part in drawing and is passed over.",
+        f"{folder}: feature_extractor takes no part in drawing and is passed over.",
+    ]
+
+
+def test_pndm_is_drawn_with_ddim_and_said(models, folder, capsys):
+    """Stable Diffusion 1's own scheduler file."""
+    PNDMScheduler.from_config(models.reference("sd1").scheduler.config, skip_prk_steps=True).save_pretrained(
+        folder / "scheduler"
+    )
+    assert draws_what_the_plain_folder_draws(models, folder)
+    assert capsys.readouterr().err == (
+        f"{folder}: its file names PNDM, a sampler that ldm lacks; DDIM draws on the same noise levels.\n"
+    )
+
+
+def test_defaults_are_read_from_ldm_json(folder):
+    (folder / "ldm.json").write_text('{"steps": 3, "guidance": 2.5, "sampler": "dpm++", "width": 24}')
+    settings = ldm.load(folder).settings(PROMPT)
+    assert (settings.steps, settings.guidance, settings.sampler) == (3, 2.5, "dpm++")
+    assert (settings.width, settings.height) == (24, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_are_cast_to_the_dtype_and_kept_without_gradients(folder, dtype):
+    pipe = ldm.load(folder, dtype)
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        assert {p.dtype for p in part.parameters()} == {dtype} and not part.training
+        assert not any(p.requires_grad or p.is_meta for p in part.parameters())
+    assert pipe.dtype == dtype and pipe.folder == folder
+
+
+# ------------------------------------------------------------------------------------ finding models
+
+
+def test_embedded_models_are_found_by_name(models, tmp_path, monkeypatch):
+    """In `weights/` of a checkout, or of an installed package: beside `ldm`, or inside it."""
+    for root in (tmp_path / "checkout", tmp_path / "site-packages" / "ldm"):
+        shutil.copytree(models.folder("sd1"), root / "weights" / "tiny")
+        (root / "weights" / "tiny-extras").mkdir()  # no model: it has no index
+        package = root / "ldm" if root.name == "checkout" else root
+        monkeypatch.setattr(loading, "__file__", str(package / "loading.py"))
+        assert loading.embedded() == {"tiny": root / "weights" / "tiny"}
+        assert ldm.load("tiny").folder == root / "weights" / "tiny"
+        with pytest.raises(LDMError, match=r"no model 'tinny': .* embedded model \(tiny\)\. Did you mean 'tiny'\?"):
+            ldm.load("tinny")
+
+
+def test_without_embedded_models_the_sentence_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "__file__", str(tmp_path / "ldm" / "loading.py"))
+    with pytest.raises(LDMError, match=r"no model 'scenes': neither a folder here nor an embedded model \(none\)"):
+        ldm.load()
+
+
+# ------------------------------------------------------------------------------------ what is no such model
+
+
+def index(**fields):
+    return lambda folder: rewrite(folder / "model_index.json", **fields)
+
+
+def config(part, **fields):
+    return lambda folder: rewrite(next((folder / part).glob("*config.json")), **fields)
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def remove(name):
+    return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
+def drop_a_tensor(folder):
+    path, tensors = weights(folder, "unet")
+    del tensors["conv_in.bias"]
+    save_weights(tensors, path)
+
+
+def plant_nan(folder):
+    """By hand: `save_weights` refuses."""
+    path, tensors = weights(folder, "vae")
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-4] + torch.tensor(float("nan")).numpy().tobytes())
+
+
+SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32}
+BROKEN = {
+    "no index": (remove("model_index.json"), "is not a model folder in diffusers' format: it has no model_index.json"),
+    "damaged index": (write("model_index.json", "{"), "model_index.json is not valid JSON at line 1"),
+    "index that is a list": (write("model_index.json", "[]"), "must hold a JSON object, not a list: download it again"),
+    "a part too few": (index(unet=None, scheduler=None), "model_index.json lacks unet, scheduler"),
+    "a part of nothing": (index(vae=[None, None], tokenizer=[]), "model_index.json lacks tokenizer, vae"),
+    "a part too many": (
+        index(text_encoder_2=["transformers", "T5EncoderModel"]),
+        r"doesn't know: 'text_encoder_2' \(T5",
+    ),
+    "another class": (
+        index(unet=["diffusers", "SD3Transformer2DModel"]),
+        "unet is a SD3Transformer2DModel; ldm knows UNet2DConditionModel",
+    ),
+    "another tokenizer": (
+        index(tokenizer=["transformers", "T5Tokenizer"]),
+        "tokenizer is a T5Tokenizer; ldm knows CLIPTokenizer and CLIPTokenizerFast",
+    ),
+    "another scheduler": (
+        config("scheduler", _class_name="LCMScheduler"),
+        "The scheduler file names 'LCMScheduler'; ldm knows DDPMScheduler",
+    ),
+    "no part's folder": (remove("vae"), "vae/config.json does not exist"),
+    "no tokenizer": (remove("tokenizer"), "There is no tokenizer folder"),
+    "no weights": (remove("unet/diffusion_pytorch_model.safetensors"), "has no diffusion_pytorch_model.safetensors"),
+    "a configuration of text": (
+        write("vae/config.json", '"a VAE"'),
+        "vae/config.json must hold a JSON object, not a str",
+    ),
+    "a field unknown": (config("unet", dual_attention=True), "has a field that ldm doesn't know: 'dual_attention'"),
+    "a field not implemented": (config("vae", act_fn="mish"), "asks for 'act_fn' = 'mish'; ldm implements only 'silu'"),
+    "defaults unknown": (
+        write("ldm.json", '{"stepps": 3}'),
+        r"ldm.json has a field that ldm doesn't know: 'stepps' = 3",
+    ),
+    "a tensor missing": (drop_a_tensor, "missing conv_in.bias"),
+    "not a number": (plant_nan, "holds 1 NaN"),
+    "widths": (
+        config("unet", cross_attention_dim=32),
+        "speaks vectors of 24 numbers, the UNet reads 32: these parts don't belong together",
+    ),
+    "an inpainting UNet": (
+        config("unet", in_channels=9),
+        "takes 9 channels and returns 4, the VAE's latents have 4: these",
+    ),
+    "latents of another VAE": (config("vae", latent_channels=16), "returns 4, the VAE's latents have 16"),
+    "too many words": (
+        config("text_encoder", vocab_size=500),
+        r"writes 77 tokens of 560 kinds, .* reads 77 of 500 kinds",
+    ),
+    "too long prompts": (config("text_encoder", max_position_embeddings=40), "the text encoder reads 40 of 560 kinds"),
+    "LCM": (config("unet", time_cond_proj_dim=16), r"asks for more than a prompt \(time_cond_proj_dim\)"),
+    "the upscaler": (config("unet", num_class_embeds=10), r"asks for more than a prompt \(num_class_embeds\)"),
+    "SDXL": (config("unet", **SDXL), r"asks for more than a prompt \(addition_embed_type\)"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_no_such_model_is_refused_with_a_sentence(folder, what):
+    break_it, sentence = BROKEN[what]
+    break_it(folder)
+    with pytest.raises(LDMError, match=sentence):
+        ldm.load(folder)
+
+
+def test_a_file_is_no_folder(folder):
+    with pytest.raises(LDMError, match="There is no model '.*safetensors': neither a folder here"):
+        ldm.load(folder / "unet" / "diffusion_pytorch_model.safetensors")

@@ -1,0 +1,345 @@
+"""How the pipeline behaves: what changes a picture and what must not, going on from any step, and what it refuses."""
+
+import copy
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference import assert_close, normal
+from tiny import PROMPT, SCENES, scenes
+
+import ldm
+from ldm.errors import LDMError
+from ldm.noise import Noise
+from ldm.pipeline import OF_RULE, Defaults, Pipeline, Settings
+from ldm.samplers import SAMPLERS
+from ldm.schedules import SPACINGS
+
+README = Path(__file__).parent.parent / "README.md"
+N = 5
+SMALL = {"steps": N, "width": 32, "height": 24}
+WAYS = {name: {"sampler": name} for name in SAMPLERS} | {"ddim eta=1": {"sampler": "ddim", "eta": 1.0}}
+
+every_sampler = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.fixture
+def pipe(models):
+    return models.ours("sd1")
+
+
+@pytest.fixture
+def changeable(pipe):
+    """A pipeline of our own to break."""
+    return copy.deepcopy(pipe)
+
+
+def same(a, b):
+    """Two runs, bit for bit, and not of zeros."""
+    assert len(a) == len(b)
+    for s, t in zip(a, b, strict=True):
+        assert (s.level, s.next) == (t.level, t.next) and s.x.std() > 0.1
+        for key in ("x_before", "x", "x0", "eps", "cond", "uncond"):
+            assert torch.equal(getattr(s, key), getattr(t, key)), (s.i, key)
+    return True
+
+
+def gray(images):
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+# ------------------------------------------------------------------------------------ watching and going on
+
+
+@every_sampler
+def test_looking_at_a_run_or_repeating_it_changes_nothing(pipe, way):
+    expected = list(pipe.steps(PROMPT, seed=7, **SMALL, **WAYS[way]))
+    other, watched = pipe.steps("a fish", seed=8, **SMALL, **WAYS[way]), []
+    for step in pipe.steps(PROMPT, seed=7, **SMALL, **WAYS[way]):
+        watched.append(step)
+        pipe.decode(step.x0)
+        torch.randn(3)
+        next(other)
+    assert same(watched, expected)
+    result = pipe(PROMPT, seed=7, **SMALL, **WAYS[way])
+    assert torch.equal(result.x0, expected[-1].x)
+    assert np.array_equal(gray(result.images), gray(pipe.decode(expected[-1].x)))
+    assert not torch.equal(pipe(PROMPT, seed=8, **SMALL, **WAYS[way]).x0, result.x0)
+
+
+@every_sampler
+def test_a_run_goes_on_from_any_of_its_steps(pipe, way):
+    """Paused, rewound, forked: with `after` neither seed nor latents matter any more, for the steps carry theirs."""
+    options = {"prompt": [PROMPT, "a fish"], **SMALL, **WAYS[way]}
+    expected = list(pipe.steps(seed=7, **options))
+    paused = pipe.steps(seed=7, **options)
+    begun = [next(paused), next(paused)]
+    for k in (4, 2, 0, N):
+        seed = 7 if k == 0 else 77
+        assert same([*expected[:k], *pipe.steps(seed=seed, after=expected[:k], **options)], expected)
+    assert same([*begun, *paused], expected)
+    for k in (2, N):  # of a finished run too, which has no step left to take
+        assert torch.equal(pipe(seed=77, after=expected[:k], **options).x0, expected[-1].x)
+
+
+@every_sampler
+def test_a_changed_latent_is_taken_up(pipe, way):
+    plain = list(pipe.steps(PROMPT, **SMALL, **WAYS[way]))
+    live = []
+    for step in pipe.steps(PROMPT, **SMALL, **WAYS[way]):
+        if step.i == 2:
+            step.x = step.x.flip(-1)
+        live.append(step)
+    assert torch.equal(live[3].x_before, plain[2].x.flip(-1)) and same(live[:2], plain[:2])
+    assert (live[-1].x - plain[-1].x).abs().max() > 0.01
+    forked = list(pipe.steps(PROMPT, **SMALL, **WAYS[way]))[:3]
+    forked[2].x = forked[2].x.flip(-1)
+    assert same(list(pipe.steps(PROMPT, after=forked, **SMALL, **WAYS[way])), live[3:])
+
+
+def test_steps_tell_what_guidance_was_made_of(pipe):
+    for step in pipe.steps(PROMPT, guidance=3.0, **SMALL):
+        assert_close(step.eps, step.uncond + 3.0 * (step.cond - step.uncond), 0.0)
+        assert (step.cond - step.uncond).abs().max() > 0.01
+    assert next(pipe.steps(PROMPT, guidance=1.0, **SMALL)).uncond is None
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_the_caller_s_gradient_mode_is_irrelevant(pipe, mode):
+    expected = pipe(PROMPT, **SMALL).x0
+    with mode():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        for step in pipe.steps(PROMPT, **SMALL):
+            assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+            assert not step.x.requires_grad and not step.edited
+        assert torch.equal(step.x, expected)
+
+
+# ------------------------------------------------------------------------------------ the same, another way
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_guidance_in_two_halves_is_guidance_together(models, name, dtype, atol):
+    pipe = models.ours(name, dtype)
+    options = {"prompt": [PROMPT, "a fish"], "negative": ["fog", ""], **SMALL}
+    both, apart = (list(pipe.steps(together=together, **options)) for together in (True, False))
+    for a, b in zip(both, apart, strict=True):
+        assert_close(a.x, b.x, atol * b.x.abs().max().item())
+
+
+def test_prepared_keys_and_values_equal_plain_ones(pipe, monkeypatch):
+    expected = pipe(PROMPT, **SMALL).x0
+    monkeypatch.setattr(pipe.unet, "prepare", lambda context: context)
+    assert torch.equal(pipe(PROMPT, **SMALL).x0, expected) and expected.std() > 0.1
+
+
+def test_pictures_drawn_together_equal_those_drawn_alone(pipe):
+    """Within one grey level in a batch, where sums may be taken in another order; one by one, bit for bit."""
+    options = {"sampler": "ddpm", **SMALL}
+    batch = pipe([PROMPT, "a fish"], negative=["", "fog"], count=3, seed=40, **options)
+    singly = pipe([PROMPT, "a fish"], negative=["", "fog"], count=3, seed=40, one_by_one=True, **options)
+    prompts, negatives = [PROMPT] * 3 + ["a fish"] * 3, [""] * 3 + ["fog"] * 3
+    alone = [
+        pipe(prompt, negative=negative, seed=40 + k, **options)
+        for k, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True))
+    ]
+    assert torch.equal(singly.x0, torch.cat([result.x0 for result in alone]))
+    images = gray([result.images[0] for result in alone])
+    assert np.array_equal(gray(singly.images), images)
+    assert abs(gray(batch.images) - images).max() <= 1 and images.std() > 20
+    assert batch.settings == singly.settings
+    assert batch.settings == Settings(
+        tuple(prompts), tuple(negatives), tuple(range(40, 46)), N, 7.5, "ddpm", 0.0, 32, 24
+    )
+    assert len({image.tobytes() for image in images}) == 6
+
+
+@pytest.mark.parametrize("guidance, batches", [(1.0, [1] * N), (0.0, [1] * N), (1.5, [2] * N)])
+def test_without_guidance_the_unet_runs_once_a_step_on_the_prompt_alone(pipe, guidance, batches):
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(lambda unet, args: seen.append(len(args[0])))
+    try:
+        plain = pipe(PROMPT, guidance=guidance, **SMALL)
+    finally:
+        hook.remove()
+    assert seen == batches
+    negated = pipe(PROMPT, guidance=guidance, negative="fog", **SMALL)
+    assert torch.equal(negated.x0, plain.x0) == (guidance <= 1)
+
+
+def test_the_empty_prompt_is_unconditional(pipe):
+    """Guided away from itself it goes nowhere: the same as the conditional model alone."""
+    alone, guided = pipe("", guidance=1.0, **SMALL).x0, pipe("", guidance=7.5, **SMALL).x0
+    assert_close(guided, alone, 1e-4 * alone.abs().max().item())
+    assert (pipe(PROMPT, guidance=1.0, **SMALL).x0 - alone).abs().max() > 0.01
+
+
+def test_guidance_apart_runs_the_unet_twice_on_one_picture(pipe):
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(lambda unet, args: seen.append(len(args[0])))
+    try:
+        list(pipe.steps(PROMPT, together=False, **SMALL))
+    finally:
+        hook.remove()
+    assert seen == [1, 1] * N
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs_on_the_cpu(models, dtype):
+    pipe = models.ours("sd1", dtype)
+    result = pipe(PROMPT, guidance=2.0, sampler="ddpm", **SMALL)
+    assert result.x0.dtype == dtype and torch.isfinite(result.x0).all()
+    exact = models.ours("sd1").decode(models.ours("sd1")(PROMPT, guidance=2.0, sampler="ddpm", **SMALL).x0)
+    assert abs(gray(result.images) - gray(exact)).mean() < {torch.float16: 5, torch.bfloat16: 40}[dtype]
+
+
+# ------------------------------------------------------------------------------------ defaults
+
+
+def test_what_the_caller_leaves_open_is_taken_from_the_model_s_defaults(pipe):
+    own = Defaults(steps=3, guidance=2.0, sampler="euler", width=40, height=16)
+    parts = (pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.vae, pipe.scheduler)
+    expected = pipe(PROMPT, steps=3, guidance=2.0, sampler="euler", width=40, height=16)
+    result = Pipeline(*parts, own)(PROMPT)
+    assert result.settings == expected.settings and torch.equal(result.x0, expected.x0)
+    assert result.images[0].size == (40, 16)
+    changed = Pipeline(*parts, own).settings(PROMPT, steps=4, guidance=0.0, sampler="ddpm", width=8, height=8)
+    assert (changed.steps, changed.guidance, changed.sampler, changed.width, changed.height) == (4, 0.0, "ddpm", 8, 8)
+
+
+def test_every_schedule_rule_has_its_sampler():
+    assert OF_RULE.keys() == SPACINGS.keys() and set(OF_RULE.values()) <= set(SAMPLERS)
+
+
+# ------------------------------------------------------------------------------------ the loop of the README
+
+
+def readme_loop(pipe, prompt, seed, steps, guidance):
+    context = torch.cat([pipe.text_encoder.context(pipe.tokenizer(text).ids) for text in ("", prompt)])
+    schedule = pipe.schedule(steps)
+    x = Noise.from_seeds([seed]).draw(pipe.vae.latent_shape(64, 64)) * schedule.start_scale
+    for level, after in pairwise(schedule.levels):
+        uncond, cond = pipe.unet(torch.cat([x, x]), level.t, context).chunk(2)
+        eps = uncond + guidance * (cond - uncond)  # classifier-free guidance
+        x0 = (x - level.sigma * eps) / level.alpha  # x = alpha * x0 + sigma * eps
+        x = after.alpha * x0 + after.sigma * eps  # DDIM
+    return pipe.decode(x)[0]
+
+
+def test_the_loop_written_with_the_parts_is_the_pipeline_s(pipe):
+    image = readme_loop(pipe, PROMPT, 7, 4, 7.5)
+    assert np.array_equal(gray([image]), gray(pipe(PROMPT, seed=7, steps=4, sampler="ddim").images))
+    assert gray([image]).std() > 20
+
+
+@scenes
+@pytest.mark.skipif(not README.exists(), reason="there is no README.md")
+def test_the_readme_s_loop_is_the_pipeline_s(monkeypatch):
+    """The Python block behind `<!-- loop -->`, executed as it stands: the `image` it makes is `pipe`'s, bit for bit.
+
+    Its prompt, seed, step count and guidance are read out of its text.
+    """
+    block = re.search(r"<!-- loop -->\s*```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    prompt = max(re.findall(r'"([^"]*)"', block), key=len)
+    seed, steps = int(re.search(r"\[(\d+)\]\)\.draw", block)[1]), int(re.search(r"schedule\((\d+)\)", block)[1])
+    guidance = float(re.search(r"([\d.]+) \* \(cond - uncond\)", block)[1])
+    pipe = ldm.load(SCENES)
+    monkeypatch.setattr(ldm, "load", lambda name: pipe, raising=False)
+    made = {}
+    exec(compile(block, "README.md", "exec"), made)
+    expected = pipe(prompt, seed=seed, steps=steps, guidance=guidance, sampler="ddim").images
+    assert np.array_equal(gray([made["image"]]), gray(expected)) and gray(expected).std() > 10
+
+
+# ------------------------------------------------------------------------------------ what is said, and refused
+
+
+def test_a_prompt_that_is_cut_is_said_once(pipe, capsys):
+    pipe.encode(["a large red house, " * 30 + "a fish"] * 3)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("The prompt is longer than 77 tokens; this part is not read: '") and line.endswith("a fish'")
+
+
+PLANTS = {
+    "the text encoder": ("text_encoder", "final_layer_norm.weight"),
+    "the UNet, in step 1 of 5": ("unet", "conv_out.bias"),
+    "the VAE's decoder": ("vae", "decoder.conv_out.bias"),
+}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("who", PLANTS)
+def test_not_a_number_is_refused_by_the_name_of_who_made_it(changeable, who, number):
+    part, name = PLANTS[who]
+    getattr(changeable, part).get_parameter(name)[0] = number
+    with pytest.raises(LDMError, match=f"{who} returned numbers that are not finite .*--dtype float32"):
+        changeable(PROMPT, **SMALL)
+
+
+def test_latents_that_are_not_finite_are_refused(pipe):
+    with pytest.raises(LDMError, match="the latents returned numbers that are not finite"):
+        pipe.decode(torch.full((1, 4, 2, 2), float("nan")))
+
+
+REFUSED = {
+    "no prompt": ({"prompt": []}, "0 prompts and 0 negative ones given: one negative for all, or one each"),
+    "negatives": ({"negative": ["a", "b"]}, "1 prompts and 2 negative ones given"),
+    "count": ({"count": 0}, "count must be 1 or more, not 0"),
+    "sampler": ({"sampler": "dimm"}, r"Unknown sampler 'dimm': ldm has ddpm, .*\. Did you mean 'ddim'\?"),
+    "width": ({"width": 36}, "width must be a multiple of 8, not 36: a latent stands for 8 pixels"),
+    "height": ({"height": 7}, "height must be a multiple of 8, not 7"),
+    "negative size": ({"height": -8}, "height must be a multiple of 8, not -8"),
+    "no steps": ({"steps": 0}, "0 steps asked for; this model's schedule has between 1 and 1000"),
+    "too many steps": ({"steps": 1001}, "1001 steps asked for"),
+    "eta": ({"eta": 0.5, "sampler": "euler"}, "eta, the noise that ddim adds, .* euler can't take 0.5"),
+    "eta above 1": ({"eta": 1.5, "sampler": "ddim"}, "between 0 and 1; ddim can't take 1.5"),
+    "eta below 0": ({"eta": -0.5, "sampler": "ddim"}, "between 0 and 1; ddim can't take -0.5"),
+    "clip_skip": ({"clip_skip": 4}, "clip_skip 4 asked for, but the text encoder has 3 layers"),
+    "clip_skip below 0": ({"clip_skip": -1}, "clip_skip -1 asked for"),
+    "latents": ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents of shape \(1, 4, 3, 3\) given; .* need \(1, 4, 3, 4\)"),
+    "latents of one for two": (
+        {"latents": torch.zeros(1, 4, 3, 4), "count": 2},
+        r"latents of shape \(1, 4, 3, 4\) given; these settings need \(2, 4, 3, 4\)",
+    ),
+    "generator": (
+        {"generator": torch.Generator(), "count": 3},
+        "3 pictures asked for, but 1 generators given: one each",
+    ),
+    "prompt that is no text": ({"prompt": [3]}, "A prompt must be a text, not int: 3"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_drawn_is_refused_with_a_sentence(pipe, what):
+    options, sentence = REFUSED[what]
+    with pytest.raises(LDMError, match=sentence):
+        pipe(**{"prompt": PROMPT, **SMALL, **options})
+
+
+def test_one_by_one_refuses_what_belongs_to_a_batch(pipe):
+    two = {"prompt": PROMPT, "count": 2, "one_by_one": True, **SMALL}
+    steps = list(pipe.steps(PROMPT, count=2, **SMALL))
+    for name, value in {
+        "latents": normal(0, 2, 4, 3, 4),
+        "generator": [torch.Generator(), torch.Generator()],
+        "after": steps[:2],
+    }.items():
+        with pytest.raises(LDMError, match="one_by_one begins each picture from its seed: pass no"):
+            pipe(**two, **{name: value})
+
+
+def test_steps_of_another_run_are_refused(pipe):
+    steps = list(pipe.steps(PROMPT, **SMALL))
+    with pytest.raises(LDMError, match="don't belong to this schedule"):
+        pipe(PROMPT, after=steps[:2], **SMALL | {"steps": 6})
+    with pytest.raises(LDMError, match="The run had 1 noise generators, this one has 2"):
+        pipe(PROMPT, after=steps[:2], count=2, **SMALL)
+
+
+def test_an_unknown_option_is_a_mistake_in_the_program(pipe):
+    with pytest.raises(TypeError, match="cfg"):
+        pipe(PROMPT, cfg=3, **SMALL)
