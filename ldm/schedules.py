@@ -158,6 +158,13 @@ class Schedule:
     rule: str
     landings: tuple[Level, ...] | None = None
 
+    def __post_init__(self):
+        if self.prediction == "epsilon" and self.levels[0].alpha == 0:
+            raise LDMError(
+                "This schedule begins at alpha = 0, pure noise, where predicting the noise says nothing of the "
+                "picture: a model trained for it predicts v or flow (Lin et al. 2023, section 3.3)."
+            )
+
     def __len__(self) -> int:
         """The number of steps: one less than there are levels."""
         return len(self.levels) - 1

@@ -20,7 +20,7 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Tiny Stable Diffusion folders, and both sides' pipelines of them (`tiny.Models`)."""
-    from tiny import Models  # not before it is asked for: it imports diffusers and transformers
+    """Tiny Stable Diffusion folders, and both sides' pipelines of them (`tiny_pairs.Models`)."""
+    from tiny_pairs import Models  # not before it is asked for: it imports diffusers and transformers
 
     return Models(tmp_path_factory.mktemp("models"))

@@ -506,8 +506,8 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(cli, words, status, sent
     "words, sentence",
     [
         ([], "The following arguments are required: COMMAND"),
-        (["generat"], "Unknown command 'generat': generate, rerun, train. Did you mean 'generate'?"),
-        (["train", "uent"], "Unknown stage 'uent': vae, clip, checker, unet, all, export. Did you mean 'unet'?"),
+        (["generat"], "Did you mean 'generate'? See `ldm --help`."),
+        (["train", "uent"], "Unknown stage 'uent': vae, clip, checker, unet, all, export. Did you mean 'unet'? See"),
         (["train"], "required: STAGE"),
         (["train", "vae", "--text", "frozen"], "Unknown option --text."),
         (["train", "all", "--lr", "1"], "Unknown option --lr."),
@@ -515,9 +515,10 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(cli, words, status, sent
         (["rerun"], "required: picture"),
     ],
 )
-def test_bad_commands(cli, words, sentence):
-    found = main(words), cli("generate", status=2)  # the second only to collect what the first said
-    assert found[0] == 2 and sentence in found[1].err
+def test_bad_commands(capsys, words, sentence):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ldm: ") and sentence in err and err.count("\n") == 1
 
 
 def test_the_nearest_model_is_named(cli, monkeypatch, model):
@@ -530,9 +531,9 @@ def test_the_nearest_model_is_named(cli, monkeypatch, model):
 # ---------------------------------------------------------------------------------------------- damaged models
 
 CULPRITS = {  # part: a number at its end, so that what it makes is what is not finite
-    "text_encoder": ("final_layer_norm.weight", "the text encoder returned"),
-    "unet": ("conv_out.bias", "the UNet, in step 1 of 3 returned"),
-    "vae": ("decoder.conv_out.bias", "the VAE's decoder returned"),
+    "text_encoder": ("encoder.layers.1.mlp.fc2.bias", "the text encoder returned"),
+    "unet": ("conv_norm_out.bias", "the UNet, in step 1 of 3 returned"),
+    "vae": ("decoder.conv_norm_out.bias", "the VAE's decoder returned"),
 }
 
 
@@ -552,9 +553,6 @@ def test_nan_in_the_weights_is_named(cli, damaged, part):
 def test_numbers_that_become_infinite_are_named_and_never_a_black_picture(cli, damaged, part):
     name, sentence = CULPRITS[part]
     plant(damaged, part, name, 3e38)
-    if part == "vae":  # 3e38 is finite and would be white: in bfloat16's range, but halved and added to it is not
-        plant(damaged, part, "decoder.conv_norm_out.weight", 3e38)
-        plant(damaged, part, "decoder.conv_norm_out.bias", 3e38)
     found = cli("generate", HOUSE, model=damaged, status=1).err
     assert sentence in found and "not finite" in found and found.count("\n") == 1 and names() == []
 
@@ -605,9 +603,9 @@ def test_errors_of_the_machine_are_sentences_too(cli, monkeypatch, error, senten
     monkeypatch.setattr(Pipeline, "steps", broken)
     found = cli("generate", HOUSE, status=1).err
     assert found.startswith(f"ldm: {sentence}") and found.count("\n") == 1
-    monkeypatch.setenv("LDM_TRACEBACK", "1")
+    monkeypatch.setenv("LDM_TRACEBACK", "1")  # for those who look for the fault
     with pytest.raises(type(error)):
-        main(["generate", HOUSE, "--model", str(ROOT)]) or cli("generate", HOUSE)
+        cli("generate", HOUSE)
 
 
 # ---------------------------------------------------------------------------------------------- the terminal
@@ -621,9 +619,11 @@ def test_a_bar_where_someone_looks(cli, monkeypatch):
     terminal = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
-        main(["generate", HOUSE, "--model", str(ROOT / "nothing")])
-        assert "step" not in terminal.getvalue()
-    assert options.progress(5).disable  # and none in a file
+        assert cli("generate", HOUSE, "--count", 4, "--batch", 2).lines == [
+            f"a-large-red-house-{k}.png" for k in range(4)
+        ]
+    assert "picture 3 of 4" in terminal.getvalue() and "/6" in terminal.getvalue()  # two batches of three steps
+    assert options.progress(5).disable  # and none where nobody does
 
 
 def test_help_names_every_sampler_and_imports_no_torch():

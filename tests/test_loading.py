@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler
-from tiny import PROMPT
+from tiny_pairs import PROMPT
 
 import ldm
 from ldm import loading
@@ -189,9 +189,8 @@ def drop_a_tensor(folder):
 
 def plant_nan(folder):
     """By hand: `save_weights` refuses."""
-    path, tensors = weights(folder, "vae")
-    raw = path.read_bytes()
-    path.write_bytes(raw[:-4] + torch.tensor(float("nan")).numpy().tobytes())
+    path, _ = weights(folder, "vae")
+    path.write_bytes(path.read_bytes()[:-4] + torch.tensor(float("nan")).numpy().tobytes())
 
 
 SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32}
@@ -261,5 +260,5 @@ def test_what_is_no_such_model_is_refused_with_a_sentence(folder, what):
 
 
 def test_a_file_is_no_folder(folder):
-    with pytest.raises(LDMError, match="There is no model '.*safetensors': neither a folder here"):
+    with pytest.raises(LDMError, match=r"There is no model '.*safetensors': neither a folder here"):
         ldm.load(folder / "unet" / "diffusion_pytorch_model.safetensors")

@@ -1,6 +1,6 @@
 """The whole road equals diffusers' StableDiffusionPipeline: every latent on the way, and every pixel at its end.
 
-Both load the same folder, which diffusers has written (`tiny.py`); diffusers' schedulers are recompiled in float64
+Both load the same folder, which diffusers has written (`tiny_pairs.py`); diffusers' schedulers are recompiled in float64
 where a test is in float64 (`reference.in_float64`). The first latents are drawn in float32, as both sides do.
 """
 
@@ -20,7 +20,7 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 from reference import assert_close, normal, scheduler_of
-from tiny import MODELS, OTHERS, PROMPT, SCENES, SD, scenes, with_scheduler
+from tiny_pairs import MODELS, OTHERS, PROMPT, SCENES, SD, scenes, with_scheduler
 
 import ldm
 
@@ -35,7 +35,7 @@ SAMPLERS = {  # name -> diffusers' class, the end of its schedule, what its step
     "euler": (EulerDiscreteScheduler, {}, {}),
     "dpm++": (DPMSolverMultistepScheduler, {}, {}),
 }
-TABLES = [("leading", 3), ("linspace", 4), ("trailing", 7)]  # test_samplers.py has hundreds
+TABLES = [("leading", 2), ("linspace", 3), ("trailing", 6)]  # test_samplers.py has hundreds
 # Two prompts, two pictures of each, each prompt with a negative one of its own, twice as wide as high.
 RICH = {"prompt": [PROMPT, OTHERS[0]], "negative": ["fog", "a dog at dusk"], "count": 2, "height": 32, "width": 64}
 REQUESTS = {
@@ -200,7 +200,9 @@ def test_in_float32_we_draw_the_same_noise_and_are_as_near_the_truth_as_diffuser
     Our error against float64, root mean square over all samplers and steps, is at most twice diffusers' own.
     """
     squares, count = np.zeros(2), 0
-    for sampler, (spacing, n) in itertools.product(SAMPLERS, [("leading", 4), ("trailing", 6)]):
+    for sampler, (spacing, n) in itertools.product(
+        ["ddim", "ddpm", "euler", "dpm++"], [("leading", 3), ("trailing", 6)]
+    ):
         scheduler, extra = scheduler_like(sampler, name, spacing, n, torch.float64)
         truth, _ = run_diffusers(models.reference(name, torch.float64), scheduler, n, RICH, extra)
         scheduler, extra = scheduler_like(sampler, name, spacing, n, torch.float32)
@@ -261,9 +263,9 @@ def test_diffusers_draws_the_embedded_model_s_pictures(both_scenes):
     """As anyone would call either; the folder's own scheduler and sizes, within one grey level."""
     reference, pipe = both_scenes
     pixels = reference(
-        WORDS, num_inference_steps=20, guidance_scale=5.0, generator=generators(3), output_type="np"
+        WORDS, num_inference_steps=10, guidance_scale=5.0, generator=generators(3), output_type="np"
     ).images
-    result = pipe(WORDS, steps=20, guidance=5.0, seed=5, sampler="ddim")
+    result = pipe(WORDS, steps=10, guidance=5.0, seed=5, sampler="ddim")
     same_pixels(np.stack([np.asarray(image) for image in result.images]), (pixels * 255).round(), most=1)
     for image, picture in zip(result.images, reference.numpy_to_pil(pixels), strict=True):
         assert image.size == picture.size and image.mode == picture.mode
@@ -278,8 +280,8 @@ def test_every_sampler_on_the_embedded_model_equals_diffusers(both_scenes, sampl
     saved = json.loads((SCENES / "scheduler" / "scheduler_config.json").read_text())
     scheduler = cls.from_config(saved)
     request = {"prompt": WORDS[:1], "negative": ["a fish"], "guidance": 4.0}
-    theirs = run_diffusers(reference, scheduler, 10, request, extra)
-    ours = run_ours(with_scheduler(pipe, scheduler), 10, request, extra)
+    theirs = run_diffusers(reference, scheduler, 6, request, extra)
+    ours = run_ours(with_scheduler(pipe, scheduler), 6, request, extra)
     equal(ours[0], theirs[0], 1e-3)  # guidance amplifies float32's rounding
     same_pixels(ours[1], theirs[1], most=1)
 
@@ -291,7 +293,7 @@ def test_the_embedded_model_equals_diffusers_in_float64(both_scenes):
     reference.set_progress_bar_config(disable=True)
     saved = json.loads((SCENES / "scheduler" / "scheduler_config.json").read_text())
     scheduler = scheduler_of(DDIMScheduler, {k: v for k, v in saved.items() if not k.startswith("_")}, 4)
-    request = {"prompt": WORDS[:2], "guidance": 5.0}
+    request = {"prompt": WORDS[1], "guidance": 5.0}
     theirs = run_diffusers(reference, scheduler, 4, request)
     ours = run_ours(with_scheduler(ldm.load(SCENES, torch.float64), scheduler), 4, request)
     equal(ours[0], theirs[0], 1e-9)

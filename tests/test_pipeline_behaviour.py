@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from reference import assert_close, normal
-from tiny import PROMPT, SCENES, scenes
+from tiny_pairs import PROMPT, SCENES, scenes
 
 import ldm
 from ldm.errors import LDMError

@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 from ldm.errors import LDMError
-from ldm.schedules import NEUTRAL, Level, ScheduleConfig, alpha_bars, make_schedule
+from ldm.schedules import NEUTRAL, Level, Schedule, ScheduleConfig, alpha_bars, make_schedule
 
 CLASSES = {
     "ddpm": DDPMScheduler,
@@ -362,3 +362,10 @@ def test_a_schedule_is_a_table_that_prints_and_cannot_be_changed():
     assert isinstance(schedule[0], Level) and schedule.levels[-1] == schedule[-1] == schedule[5]
     with pytest.raises(dataclasses.FrozenInstanceError):
         schedule.rule = "euler"
+
+
+def test_epsilon_prediction_at_zero_terminal_snr_is_refused():
+    levels = (Level(0, 999.0, 0.0, 1.0), Level(1, 0.0, 1.0, 0.0))
+    with pytest.raises(LDMError, match="begins at alpha = 0"):
+        Schedule(levels, "epsilon", 1.0, "ddim")
+    assert len(Schedule(levels, "v_prediction", 1.0, "ddim")) == 1

@@ -1,0 +1,239 @@
+"""ldm stands alone: it draws, encodes and learns where diffusers and transformers cannot be imported at all.
+
+Also: importing it costs nothing, and its modules import each other in the direction that the design states.
+"""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ldm"
+
+BLOCK = """
+import sys
+
+class Block:
+    # First in the row of finders: these names have no module.
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+
+BLOCKED = ("diffusers", "transformers", "accelerate", "tokenizers", "huggingface_hub", "scipy", "ftfy")
+sys.meta_path.insert(0, Block())
+"""
+
+NOTHING_CAME_IN = """
+assert not {name.partition(".")[0] for name in sys.modules} & set(BLOCKED)
+print("done")
+"""
+
+
+def python(program, *args, cwd):
+    """Run a program in a fresh interpreter, outside the checkout; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, args)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- alone
+
+
+def test_the_block_holds(tmp_path):
+    """Otherwise the tests below show nothing."""
+    program = BLOCK + "try:\n    import diffusers\nexcept ImportError as error:\n    print(error)"
+    assert python(program, cwd=tmp_path) == "diffusers is blocked\n"
+
+
+def test_importing_ldm_imports_neither_torch_nor_numpy(tmp_path):
+    program = (
+        "import sys, ldm; print(ldm.__version__, sorted({'torch', 'numpy', 'PIL', 'safetensors'} & set(sys.modules)))"
+    )
+    assert python(program, cwd=tmp_path).split(maxsplit=1)[1] == "[]\n"
+
+
+ROAD = """
+import torch
+import ldm
+from ldm import scenes
+from ldm.cli import main
+from ldm.samplers import SAMPLERS
+from ldm.train.data import to_tensor
+
+pipe = ldm.load(sys.argv[1])
+for sampler in SAMPLERS:
+    result = pipe("a large red house", sampler=sampler, steps=2, width=32, height=24)
+    assert result.images[0].size == (32, 24) and result.x0.std() > 0.1, sampler
+
+picture, words = scenes.draw(seed=7)
+image = to_tensor(picture.image[None, :32, :32])
+assert image.std() > 0 and words
+x0 = pipe.vae.encode(image)
+assert x0.shape == (1, 4, 4, 4) and pipe.decode(x0)[0].size == (32, 32)
+
+command = ["generate", words, "--model", sys.argv[1], "--steps", "2", "--width", "16", "--height", "16"]
+assert main([*command, "--out", "picture.png"]) == 0
+"""
+
+LEARN = """
+import torch
+from ldm import scenes
+from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae import VAE, VAEConfig
+from ldm.schedules import ScheduleConfig, alpha_bars
+from ldm.text.clip import TextConfig, VisionConfig
+from ldm.text.tokenizer import Tokenizer
+from ldm.train import checker, clip, export, unet, vae
+from ldm.train.common import Optimizer
+from ldm.train.vocabulary import save_vocabulary, train_vocabulary
+
+captions = [scenes.caption(scenes.sample(seed), seed) for seed in range(20)]
+save_vocabulary("tokenizer", *train_vocabulary(captions, 530))
+ids = Tokenizer.from_folder("tokenizer")(captions[:2]).ids
+x = torch.rand(2, 3, 32, 32) * 2 - 1
+
+def learn(model, loss):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert torch.isfinite(torch.tensor(Optimizer([model], 1e-3).step(loss, 1.0)))
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+joint = {**small, "projection_dim": 8}
+towers = clip.CLIP(TextConfig(**joint, vocab_size=530, with_projection=True, eos_token_id=529),
+                   VisionConfig(**joint, image_size=64, patch_size=16))
+learn(towers, towers(torch.rand(2, 3, 128, 128), ids))
+
+model = VAE(VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4))
+learn(model, vae.loss(model, x, torch.ones(2, 1, 32, 32), torch.randn(2, 4, 4, 4), 1e-6))
+
+fields = {"block_out_channels": [8], "down_block_types": ["CrossAttnDownBlock2D"], "attention_head_dim": 2,
+          "up_block_types": ["CrossAttnUpBlock2D"], "norm_num_groups": 4, "cross_attention_dim": 16}
+model, bars = UNet(UNetConfig.from_json(fields)), alpha_bars(ScheduleConfig())
+learn(model, unet.loss(model, torch.randn(2, 4, 4, 4), towers.text.context(ids).detach(), torch.tensor([3, 900]),
+                       torch.randn(2, 4, 4, 4), bars, 5.0, "epsilon"))
+
+model = checker.Checker()
+learn(model, sum(logits.square().mean() for logits in model(torch.randn(2, 3, 128, 128))))
+"""
+
+
+def test_the_whole_road_runs_without_diffusers_and_transformers(models, tmp_path):
+    """Load, every sampler, the VAE both ways, scenes, and `ldm generate`."""
+    assert python(BLOCK + ROAD + NOTHING_CAME_IN, models.folder("sd1"), cwd=tmp_path).endswith("done\n")
+    assert (tmp_path / "picture.png").stat().st_size > 100
+
+
+def test_every_trainer_s_loss_takes_a_step_without_diffusers_and_transformers(tmp_path):
+    assert python(BLOCK + LEARN + NOTHING_CAME_IN, cwd=tmp_path) == "done\n"
+
+
+# ------------------------------------------------------------------------------------ directions of import
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imported(name, everything=False):
+    """What a module imports: names of ours, or the first words of all. Imports inside functions count; those for
+    annotations alone (`if TYPE_CHECKING`) don't."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    ignored = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            ignored |= {id(inner) for inner in ast.walk(node)}
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in ignored:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = name if MODULES[name].stem == "__init__" else name.rpartition(".")[0]
+            base = package.rsplit(".", node.level - 1)[0] + "." if node.level else ""
+            source = (base + (node.module or "")).strip(".")
+            modules = {f"{source}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= modules if len(modules) == len(node.names) else modules | {source}
+    return {each.partition(".")[0] for each in found} if everything else found & MODULES.keys()
+
+
+def below(*names):
+    return {m for m in MODULES if any(m == n or m.startswith(n + ".") for n in names)}
+
+
+ALGEBRA = ("ldm.errors", "ldm.config", "ldm.diffusion")
+MAY_IMPORT = {  # the folders follow the road: each station knows those before it at most
+    "ldm.errors": (),
+    "ldm.config": ("ldm.errors",),
+    "ldm.diffusion": ("ldm.errors",),
+    "ldm.noise": ("ldm.errors",),
+    "ldm.schedules": ALGEBRA,
+    "ldm.samplers": (*ALGEBRA, "ldm.noise", "ldm.schedules"),
+    "ldm.models": ("ldm.errors", "ldm.config", "ldm.models"),
+    "ldm.text": ("ldm.errors", "ldm.config", "ldm.text"),
+    "ldm.io": ("ldm.errors", "ldm.io"),
+    "ldm.scenes": ("ldm.errors", "ldm.scenes"),
+    "ldm.guidance": (*ALGEBRA, "ldm.models", "ldm.schedules"),
+}
+OF_THE_REFERENCE = {"parity.py", "depth.py"}  # the two places that may import diffusers and transformers, on use
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_a_station_knows_only_those_before_it(name):
+    assert below(name)
+    for module in below(name):
+        assert imported(module) <= below(*MAY_IMPORT[name]), module
+
+
+def test_only_the_command_line_knows_the_command_line():
+    assert len(below("ldm.cli")) > 1
+    for module in MODULES.keys() - below("ldm.cli", "ldm.__main__"):
+        assert not imported(module) & below("ldm.cli"), module
+
+
+def test_nothing_that_draws_knows_how_it_was_trained_or_measured():
+    for module in MODULES.keys() - below("ldm.cli", "ldm.__main__", "ldm.train", "ldm.metrics"):
+        assert not imported(module) & below("ldm.train", "ldm.metrics"), module
+
+
+def test_there_are_no_cycles():
+    """Neither at import time nor on use. `import ldm` itself stands for what `ldm.load` leads to."""
+    done, road = set(), []
+
+    def visit(name):
+        assert name not in road, " -> ".join([*road[road.index(name) :], name])
+        if name not in done:
+            road.append(name)
+            for other in sorted(imported(name) - {name}):
+                visit(other)
+            done.add(road.pop())
+
+    for name in sorted(MODULES):
+        visit(name)
+    assert done == MODULES.keys() and "ldm.loading" in imported("ldm")
+
+
+def test_the_reference_is_imported_nowhere_else():
+    for module, path in MODULES.items():
+        if path.name not in OF_THE_REFERENCE:
+            assert not imported(module, everything=True) & {"diffusers", "transformers", "accelerate"}, module
+
+
+def test_the_import_parser_sees_what_it_should():
+    assert {"ldm.samplers", "ldm.models.unet", "ldm.io.folders"} <= imported("ldm.pipeline")
+    assert {"torch", "ldm", "PIL"} <= imported("ldm.pipeline", everything=True)
+    assert "ldm.scenes.world" in imported("ldm.scenes")  # relative imports
