@@ -8,7 +8,7 @@ from torch import nn
 from ldm.config import from_json
 from ldm.errors import LDMError, nearest
 from ldm.io.folders import find_weights, read_json, say_on_stderr
-from ldm.io.weights import load_weights
+from ldm.io.weights import blank, load_weights
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.pipeline import Defaults, Pipeline
@@ -47,7 +47,7 @@ def load(
     check_fit(folder, tokenizer, text_config, unet_config, vae_config)
 
     def fill(cls: type[nn.Module], config: object, name: str, stem: str) -> nn.Module:
-        with torch.device("meta"):
+        with blank():
             part = cls(config)
         paths = find_weights(folder / name, stem, variant)
         return load_weights(part, paths, dtype, device, getattr(cls, "rename", None))

@@ -1,10 +1,9 @@
 """The whole road equals diffusers' StableDiffusionPipeline: every latent on the way, and every pixel at its end.
 
-Both load the same folder, which diffusers has written (`tiny_pairs.py`); diffusers' schedulers are recompiled in float64
-where a test is in float64 (`reference.in_float64`). The first latents are drawn in float32, as both sides do.
+Both load the same folder, which diffusers has written (`tiny_pairs.py`); where a test is in float64, diffusers'
+schedulers are recompiled in it (`reference.in_float64`). The first latents are drawn in float32, as both sides do.
 """
 
-import itertools
 import json
 from functools import partial
 
@@ -136,7 +135,7 @@ def test_guided_runs_equal_diffusers_in_float64(models, name, sampler):
         scheduler, extra = scheduler_like(sampler, name, spacing, n, torch.float64)
         latents, pixels = run_diffusers(models.reference(name, torch.float64), scheduler, n, RICH, extra)
         ours = run_ours(with_scheduler(models.ours(name, torch.float64), scheduler), n, RICH, extra)
-        equal(ours[0], latents, 1e-9)
+        equal(ours[0], latents, 1e-9 if sampler == "ddpm" else 1e-11)  # ddpm: REFERENCE_DEFECTS.md, 5
         same_pixels(ours[1], pixels)
 
 
@@ -146,7 +145,7 @@ def test_requests_of_every_kind_equal_diffusers_in_float64(models, name, what, c
     scheduler, _ = scheduler_like("ddim", name, "leading", 4, torch.float64)
     latents, pixels = run_diffusers(models.reference(name, torch.float64), scheduler, 4, REQUESTS[what])
     ours = run_ours(with_scheduler(models.ours(name, torch.float64), scheduler), 4, REQUESTS[what])
-    equal(ours[0], latents, 1e-9)
+    equal(ours[0], latents, 1e-11)
     same_pixels(ours[1], pixels)
     assert ("longer than 77 tokens" in capsys.readouterr().err) == (what == "longer than 77 tokens")
 
@@ -163,7 +162,7 @@ def test_default_step_count_size_and_scheduler_are_the_folder_s(models, name):
     scheduler = scheduler_of(DDIMScheduler, fields, 5)
     latents, pixels = run_diffusers(models.reference(name, torch.float64), scheduler, 5, {"prompt": PROMPT})
     ours = run_ours(models.ours(name, torch.float64), 5, {"prompt": PROMPT}, compat=False)
-    equal(ours[0], latents, 1e-9)
+    equal(ours[0], latents, 1e-11)
     same_pixels(ours[1], pixels)
 
 
@@ -200,9 +199,8 @@ def test_in_float32_we_draw_the_same_noise_and_are_as_near_the_truth_as_diffuser
     Our error against float64, root mean square over all samplers and steps, is at most twice diffusers' own.
     """
     squares, count = np.zeros(2), 0
-    for sampler, (spacing, n) in itertools.product(
-        ["ddim", "ddpm", "euler", "dpm++"], [("leading", 3), ("trailing", 6)]
-    ):
+    runs = [("ddim", "leading", 5), ("ddpm", "trailing", 4), ("euler", "linspace", 6), ("dpm++", "leading", 6)]
+    for sampler, spacing, n in runs:
         scheduler, extra = scheduler_like(sampler, name, spacing, n, torch.float64)
         truth, _ = run_diffusers(models.reference(name, torch.float64), scheduler, n, RICH, extra)
         scheduler, extra = scheduler_like(sampler, name, spacing, n, torch.float32)
@@ -210,8 +208,8 @@ def test_in_float32_we_draw_the_same_noise_and_are_as_near_the_truth_as_diffuser
         ours, drawn = run_ours(with_scheduler(models.ours(name), scheduler), n, RICH, extra)
         same_pixels(drawn, pixels, most=1)
         for a, b, c in zip(ours, theirs, truth, strict=True):
-            assert a.dtype == b.dtype == torch.float32
-            size = assert_close(c, c, 0.0) or c.abs().max().item()
+            assert a.dtype == b.dtype == torch.float32 and c.abs().mean() > 0.1
+            size = c.abs().max().item()
             squares += [((x.double() - c).abs().max().item() / size) ** 2 for x in (a, b)]
             count += 1
     ours, theirs = np.sqrt(squares / count)

@@ -56,7 +56,7 @@ TINY = {
     "other-numbers": BASE
     | {"norm_eps": 1e-3, "freq_shift": 1, "flip_sin_to_cos": False, "layers_per_block": 3, "out_channels": 8},
 }
-T = torch.tensor([981.0, 0.0, 333.25])  # the last timestep, the first, and one of Karras's between two
+T = torch.tensor([981.0, 0.0, 333.3])  # of a first step, of the last, and one of Karras's between two integers
 
 
 @cache
@@ -192,8 +192,8 @@ def test_timestep_embedding_is_the_formula(flip, shift, width):
     assert_close(ours, torch.tensor(np.concatenate(waves, 1)).float(), 2e-4)
 
 
-def test_half_precision_tells_neighbouring_timesteps_apart():
-    waves = timestep_embedding(torch.tensor([999.0, 998.0]), 320)
+def test_timestep_embedding_is_float32_and_tells_neighbours_apart():
+    waves = timestep_embedding(torch.tensor([999, 998]), 320)
     assert waves.dtype == torch.float32 and (waves[0] - waves[1]).abs().max() > 0.8
 
 

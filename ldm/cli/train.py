@@ -2,7 +2,7 @@
 
 import argparse
 import importlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ldm.cli.options import SEED, add_device, find_device, one_of, real, whole
@@ -52,6 +52,8 @@ def add_stage(p: argparse.ArgumentParser, stage: str) -> None:
     if stage != "all":  # one size or rate for four networks would suit none of them
         p.add_argument("--batch", type=whole(1), metavar="N", help=f"pictures a step {recipe}")
         p.add_argument("--lr", type=real(0), metavar="RATE", help=f"learning rate {recipe}")
+    if stage in ("vae", "unet", "all"):
+        p.add_argument("--init", metavar="DIR", help="begin from the weights of this model folder, not at random")
     if stage in ("unet", "all"):
         p.add_argument(
             "--text",
@@ -107,7 +109,7 @@ def train_stage(stage: str, folder: Path, args: argparse.Namespace, device: str)
                 f"{folder} has no trained {other} yet, which {stage} needs: `ldm train {other} --run {folder}`."
             )
     module = importlib.import_module(f"ldm.train.{stage}")
-    names = ("pictures", "steps", "batch", "lr", "seed") + ("text",) * (stage == "unet")
+    names = [field.name for field in fields(module.Recipe) if field.name != "device"]
     given = {name: getattr(args, name, None) for name in names}
     recipe = replace(module.Recipe(), device=device, **{k: v for k, v in given.items() if v is not None})
     module.train(folder, recipe, **({"name": args.name} if stage == "unet" else {}))

@@ -1,7 +1,7 @@
 """Weights: read from safetensors, checked, and given to a model; and written back.
 
     paths = find_weights(folder / "unet", "diffusion_pytorch_model", variant="fp16")
-    with torch.device("meta"):
+    with blank():
         unet = UNet(config)
     load_weights(unet, paths)
 
@@ -13,17 +13,28 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
 from ldm.errors import LDMError
 from ldm.io.atomic import atomic_file
 from ldm.io.folders import AGAIN, cannot_read, find_weights, folder_hash, parse_json, read_json, some, write_json
 
-__all__ = ["find_weights", "folder_hash", "load_weights", "read_header", "read_json", "read_tensors", "save_weights"]
+__all__ = [
+    "blank",
+    "find_weights",
+    "folder_hash",
+    "load_weights",
+    "read_header",
+    "read_json",
+    "read_tensors",
+    "save_weights",
+]
 __all__ += ["write_json"]
 
 # In the order of the safetensors library, which lays out the widest numbers first, so that each is aligned.
@@ -120,6 +131,24 @@ def _as_paths(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------- loading
 
 
+@contextmanager
+def blank() -> Iterator[None]:
+    """Models built inside have names and shapes and no numbers: nothing is initialised, to be read from a file.
+
+    `torch.device("meta")` alone would still go through the motions of drawing random numbers, for which torch imports
+    its compiler: some seconds.
+    """
+    with torch.device("meta"), _NoInitialisation():
+        yield
+
+
+class _NoInitialisation(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def load_weights(
     model: torch.nn.Module,
     paths: str | Path | Sequence[str | Path],
@@ -127,7 +156,7 @@ def load_weights(
     device: str | torch.device = "cpu",
     rename: Callable[[str], str | None] | None = None,
 ) -> torch.nn.Module:
-    """Fill a model that was built under `torch.device("meta")`, and return it in eval mode, without gradients.
+    """Fill a model that was built under `blank()`, and return it in eval mode, without gradients.
 
     Each tensor is cast to `dtype` as it is read (integers stay as they are). `rename` maps a name in the file to the
     model's, or to None if it is known and not needed. Two names of the file may map to one (tied weights), if the two

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ldm import scenes
 from ldm.errors import LDMError
 from ldm.io.folders import folder_hash, read_json, write_json
-from ldm.io.weights import load_weights
+from ldm.io.weights import blank, load_weights
 from ldm.pipeline import Pipeline
 from ldm.train.checker import Checker, answers
 from ldm.train.data import to_tensor
@@ -90,7 +90,7 @@ def load_checker(model: Path) -> Checker:
     path = model.with_name(model.name + "-extras") / "checker" / "checker.safetensors"
     if not path.exists():
         raise LDMError(f"There is no checker for {model}: {path} is missing, and only it can read the pictures.")
-    with torch.device("meta"):
+    with blank():
         checker = Checker()
     return load_weights(checker, path)
 

@@ -22,7 +22,7 @@ def timestep_embedding(t: Tensor, width: int, flip_sin_to_cos: bool = True, freq
     first (`flip_sin_to_cos`) and ends just short of 1/10000 (`freq_shift` 0).
     """
     half = width // 2
-    # float32 whatever the model's dtype, as the reference: in half precision t = 999 and 998 would be one number.
+    # float32 whatever the model's dtype, as the reference: in bfloat16 t = 999 and 998 would be one number.
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
     angle = t.float()[:, None] * exponent.exp()  # (B, width/2)
     waves = [angle.cos(), angle.sin()] if flip_sin_to_cos else [angle.sin(), angle.cos()]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldm.diffusion import add_noise, target
 from ldm.guidance import classifier_free, denoiser
 from ldm.io.folders import read_json
-from ldm.io.weights import load_weights, read_tensors, save_weights
+from ldm.io.weights import blank, load_weights, read_tensors, save_weights
 from ldm.models.unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.noise import Noise
@@ -109,7 +109,7 @@ def load_parts(folder: Path, device: str) -> tuple[Tokenizer, TextEncoder, VAE]:
     """What was trained before: the vocabulary, CLIP's text tower and the VAE."""
 
     def fill(cls, config, path: Path):
-        with torch.device("meta"):
+        with blank():
             model = cls(config)
         return load_weights(model, path, device=device)
 
@@ -122,7 +122,7 @@ def load_parts(folder: Path, device: str) -> tuple[Tokenizer, TextEncoder, VAE]:
 
 def average_of(ema: EMA, text: TextConfig, device: str) -> torch.nn.ModuleDict:
     """The two networks with the averaged weights."""
-    with torch.device("meta"):
+    with blank():
         parts = torch.nn.ModuleDict({"unet": UNet(CONFIG), "text": TextEncoder(text)})
     parts.load_state_dict({name: p.to(device) for name, p in ema.average.items()}, assign=True)
     return parts.requires_grad_(False).eval()
