@@ -5,6 +5,8 @@ A scene's seed is its row, so the set can be drawn again anywhere, bit for bit.
 
 import json
 import os
+import signal
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,16 @@ def _draw(job: tuple[int, str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return picture.image, picture.masks.any(axis=0), words
 
 
+def _draw_all(seeds: range, split: str) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
+    """`_draw` on all cores. Ctrl-C is for this process alone: it drops what waits, the others finish their chunks."""
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(os.cpu_count(), initializer=signal.signal, initargs=ignore) as pool:
+        try:
+            yield from pool.map(_draw, [(seed, split) for seed in seeds], chunksize=16)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def pictures(folder: Path, count: int, split: str = "train", first: int = 0) -> Pictures:
     """The pictures of seeds `first` to `first + count - 1`, drawn now unless `folder` already holds them."""
     folder = Path(folder) / f"{split}-{first}-{count}"
@@ -60,11 +72,11 @@ def pictures(folder: Path, count: int, split: str = "train", first: int = 0) -> 
             images = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, (count, 128, 128, 3))
             masks = np.lib.format.open_memmap(new / "masks.npy", "w+", bool, (count, 128, 128))
             captions = []
-            with ProcessPoolExecutor(os.cpu_count()) as pool:
-                drawn = pool.map(_draw, [(seed, split) for seed in seeds], chunksize=64)
-                for i, (image, mask, words) in enumerate(tqdm(drawn, total=count, desc=f"drawing {split}")):
-                    images[i], masks[i] = image, mask
-                    captions.append(words)
+            for i, (image, mask, words) in enumerate(
+                tqdm(_draw_all(seeds, split), total=count, desc=f"drawing {split}")
+            ):
+                images[i], masks[i] = image, mask
+                captions.append(words)
             images.flush(), masks.flush()
             (new / "captions.json").write_text(json.dumps(captions))
     images = np.load(folder / "images.npy", mmap_mode="r")
