@@ -178,11 +178,13 @@ def folder_hash(folder: str | Path) -> str:
     total = hashlib.sha256()
     for name in sorted(names):
         try:
+            sha = hashlib.sha256()
             with open(names[name], "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                while block := file.read(1 << 20):
+                    sha.update(block)
         except OSError as error:
             raise cannot_read(names[name], error) from error
-        total.update(f"{name}\0{digest}\n".encode())  # hashed apart, no byte can move from one file to the next unseen
+        total.update(f"{name}\0{sha.hexdigest()}\n".encode())  # hashed apart, no byte can move from one file to the next unseen
     return total.hexdigest()[:16]
 
 
