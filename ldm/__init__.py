@@ -4,17 +4,34 @@ The road a picture takes: `ldm.text` -> `ldm.noise` -> `ldm.schedules`, `ldm.gui
 `ldm.models` -> `ldm.pipeline`.
 """
 
+import importlib
+
 __version__ = "0.1.0"
+
+PLACES = {  # the public names, and the modules they live in
+    "load": "ldm.loading",
+    "LDMError": "ldm.errors",
+    "Pipeline": "ldm.pipeline",
+    "Noise": "ldm.noise",
+    "SAMPLERS": "ldm.samplers",
+    "Step": "ldm.samplers",
+    "sample": "ldm.samplers",
+    "Schedule": "ldm.schedules",
+    "make_schedule": "ldm.schedules",
+    "Tokenizer": "ldm.text.tokenizer",
+    "TextEncoder": "ldm.text.clip",
+    "UNet": "ldm.models.unet",
+    "VAE": "ldm.models.vae",
+}
+__all__ = ["__version__", *PLACES]
 
 
 def __getattr__(name: str):
-    """`ldm.load` and `ldm.LDMError`, imported when they are first asked for: `import ldm` itself costs nothing."""
-    if name == "load":
-        from ldm.loading import load
+    """A public name, imported when it is first asked for: `import ldm` itself costs nothing."""
+    if name not in PLACES:
+        raise AttributeError(f"module 'ldm' has no attribute {name!r}")
+    return getattr(importlib.import_module(PLACES[name]), name)
 
-        return load
-    if name == "LDMError":
-        from ldm.errors import LDMError
 
-        return LDMError
-    raise AttributeError(f"module 'ldm' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted(__all__)

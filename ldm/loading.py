@@ -81,7 +81,7 @@ def read_defaults(folder: Path) -> Defaults:
 
 def embedded() -> dict[str, Path]:
     """The models that travel with ldm: in `weights/` of a checkout, or inside an installed package."""
-    for root in (Path(__file__).parent.parent / "weights", Path(__file__).parent / "weights"):
+    for root in (Path(__file__).parent / "weights", Path(__file__).parent.parent / "weights"):
         found = {path.parent.name: path.parent for path in sorted(root.glob("*/model_index.json"))}
         if found:
             return found

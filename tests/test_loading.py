@@ -263,3 +263,10 @@ def test_what_is_no_such_model_is_refused_with_a_sentence(folder, what):
 def test_a_file_is_no_folder(folder):
     with pytest.raises(LDMError, match=r"There is no model '.*safetensors': neither a folder here"):
         ldm.load(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_embedded_model_stays_within_its_size():
+    """A notebook's reader downloads it, and it travels in every clone: 18 MB, and 4 MB of extras."""
+    weights = Path(__file__).resolve().parent.parent / "weights"
+    for name, most in (("scenes", 18_000_000), ("scenes-extras", 4_000_000)):
+        assert sum(path.stat().st_size for path in (weights / name).rglob("*") if path.is_file()) <= most

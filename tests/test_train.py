@@ -215,3 +215,31 @@ def test_the_whole_chain_trains_and_exports_a_model_that_loads(run_folder, tmp_p
     pipe = ldm.load(tmp_path / "weights")
     assert pipe.defaults.steps == 2
     assert pipe("a red house", seed=1).images[0].size == (128, 128)
+
+
+def test_training_twice_changes_nothing_that_is_finished(run_folder, tmp_path):
+    folder = fresh(run_folder, tmp_path)
+    stages = (
+        lambda: vae.train(folder, vae.Recipe(pictures=24, held_out=4, steps=2, batch=2, crop=32), TINY_VAE),
+        lambda: clip.train(folder, clip.Recipe(pictures=24, held_out=4, steps=2, batch=4, vocabulary=560)),
+        lambda: checker.train(folder, checker.Recipe(pictures=24, held_out=4, steps=2, batch=4)),
+        lambda: unet.train(folder, unet.Recipe(pictures=24, held_out=4, steps=2, batch=2)),
+    )
+    for train in stages:
+        train()
+    before = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    for train in stages:
+        train()
+    assert len(before) >= 7 and before == {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def test_another_vae_s_latents_are_not_taken(run_folder, tmp_path):
+    folder = fresh(run_folder, tmp_path)
+    data = pictures(folder / "data", 24)
+    means = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = VAE(TINY_VAE).requires_grad_(False)
+        common.write_model(folder / "vae", model, "diffusion_pytorch_model")
+        means.append(unet.encode_pictures(model, data, folder, "train", "cpu")[0])
+    assert not torch.equal(*means)

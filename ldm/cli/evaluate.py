@@ -16,7 +16,7 @@ run that was stopped goes on where it was."""
 
 def add(commands: "argparse._SubParsersAction") -> None:
     p = commands.add_parser("evaluate", help="measure how much of what is asked for is drawn", description=HELP)
-    p.set_defaults(run=run)
+    p.set_defaults(run=run, parser=p)
     add_model_options(p)
     p.add_argument("--count", type=whole(1), default=1000, metavar="N", help="pictures (default: 1000)")
     p.add_argument("--steps", type=whole(1), metavar="N", help="steps a picture (default: the model's)")

@@ -184,7 +184,8 @@ def folder_hash(folder: str | Path) -> str:
                     sha.update(block)
         except OSError as error:
             raise cannot_read(names[name], error) from error
-        total.update(f"{name}\0{sha.hexdigest()}\n".encode())  # hashed apart, no byte can move from one file to the next unseen
+        # Hashed apart, no byte can move from one file to the next unseen.
+        total.update(f"{name}\0{sha.hexdigest()}\n".encode())
     return total.hexdigest()[:16]
 
 

@@ -135,4 +135,5 @@ def train(folder: Path, recipe: Recipe = Recipe()) -> None:
         if (step + 1) % 500 == 0 or step + 1 == recipe.steps:
             averaged.load_state_dict({name: p.cpu() for name, p in ema.average.items()})
             run.log(step + 1, **accuracy(averaged, held))
+    averaged.load_state_dict({name: p.cpu() for name, p in ema.average.items()})
     save_weights(averaged.state_dict(), folder / "checker" / "checker.safetensors")

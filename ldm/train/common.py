@@ -110,7 +110,8 @@ class EMA:
         return self.average
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.average = state
+        for name, p in state.items():
+            self.average[name].copy_(p)  # onto the device that this run is on
 
 
 @contextmanager
@@ -143,7 +144,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.step, self.seconds = 0, 0.0
         if (self.folder / "state.pt").exists():
-            state = torch.load(self.folder / "state.pt", weights_only=True)
+            state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.step, self.seconds = state["step"], state["seconds"]

@@ -1,6 +1,6 @@
 """The training pictures, drawn once by `ldm.scenes` and kept on disk: `images.npy`, `masks.npy`, `captions.json`.
 
-A scene's seed is its row, so the set can be drawn again anywhere, bit for bit.
+A scene's seed is its row, so the set can be drawn again at any time.
 """
 
 import json

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm.diffusion import add_noise, target
 from ldm.guidance import classifier_free, denoiser
-from ldm.io.folders import read_json
+from ldm.io.folders import folder_hash, read_json
 from ldm.io.weights import blank, load_weights, read_tensors, save_weights
 from ldm.models.unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
@@ -80,8 +80,12 @@ class Recipe:
 
 
 @torch.no_grad()
-def encode_pictures(vae: VAE, data: Pictures, path: Path, device: str) -> tuple[Tensor, Tensor]:
-    """Means and deviations (N, 4, 16, 16) of the pictures' latents, scaled to unit variance; kept in `path`."""
+def encode_pictures(vae: VAE, data: Pictures, folder: Path, name: str, device: str) -> tuple[Tensor, Tensor]:
+    """Means and deviations (N, 4, 16, 16) of the pictures' latents, scaled to unit variance.
+
+    They are kept in the run's folder under the VAE's hash: another VAE's latents are never taken for its own.
+    """
+    path = folder / "data" / f"latents-{name}-{len(data)}-{folder_hash(folder / 'vae')}.safetensors"
     if not path.exists():
         means, deviations = [], []
         for start in tqdm(range(0, len(data), 32), desc=f"encoding {path.stem}"):
@@ -164,8 +168,8 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
     data = pictures(folder / "data", recipe.pictures)
     held = pictures(folder / "data", recipe.held_out, "held-out", first=10_000_000)
     tokenizer, text, vae = load_parts(folder, device)
-    mean, deviation = encode_pictures(vae, data, folder / "data" / "latents.safetensors", device)
-    held_mean, _ = encode_pictures(vae, held, folder / "data" / "latents-held-out.safetensors", device)
+    mean, deviation = encode_pictures(vae, data, folder, "train", device)
+    held_mean, _ = encode_pictures(vae, held, folder, "held-out", device)
     ids = torch.stack([tokenizer(words).ids for words in data.captions])  # (N, 4, 77)
     held_ids = tokenizer([words[0] for words in held.captions]).ids
     empty = tokenizer("").ids
