@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from ldm import scenes
-from ldm.metrics.evaluation import QUESTIONS, Share, held_out, tally, verdict
+from ldm.errors import LDMError
+from ldm.metrics.evaluation import QUESTIONS, Share, evaluate, evaluate_vae, held_out, load_checker, tally, verdict
 from ldm.train import checker
+from ldm.train.data import to_tensor
 
 
 def test_wilson_interval_of_published_values():
@@ -79,3 +81,41 @@ def test_labels_and_reading_speak_the_same_language():
 
 def test_every_reported_question_is_judged():
     assert set(verdict(TWO, checker.answers(TWO))) == set(QUESTIONS)
+
+
+def test_a_stopped_evaluation_goes_on_and_others_are_refused(tmp_path):
+    import ldm
+
+    pipe = ldm.load("scenes")
+    said = []
+    options = {"steps": 1, "batch": 1}
+    whole = evaluate(pipe, 3, tmp_path / "whole", said.append, **options)
+    evaluate(pipe, 2, tmp_path / "broken", said.append, **options)
+    assert evaluate(pipe, 3, tmp_path / "broken", said.append, **options) == whole
+    logs = [(tmp_path / name / "verdicts.jsonl").read_text() for name in ("whole", "broken")]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3
+    assert whole["drawn"]["time"][1] == 3 and "left/right" in said[0]
+    with pytest.raises(LDMError, match="of other settings"):
+        evaluate(pipe, 3, tmp_path / "whole", said.append, steps=2)
+
+
+def test_the_vae_is_measured_as_in_training():
+    import ldm
+    from ldm.train import vae
+
+    pipe = ldm.load("scenes")
+    checker_, wanted = load_checker(pipe.folder), held_out(4)
+    numbers = evaluate_vae(pipe, checker_, wanted)
+    pictures = [scenes.render(one) for one in wanted]
+    x = torch.stack([to_tensor(picture.image[None])[0] for picture in pictures])
+    mask = torch.stack([torch.from_numpy(picture.masks.any(axis=0)) for picture in pictures])
+    y = pipe.vae.decode(pipe.vae.encode(x))
+    assert numbers["psnr"]["everywhere"] == pytest.approx(vae.psnr(y, x), abs=0.05)  # rounded to grey levels, and not
+    assert numbers["psnr"]["inside objects"] == pytest.approx(vae.psnr(y, x, mask), abs=0.05)
+    true = numbers["checker on true pictures"]
+    assert true["time"].value == true["style"].value == 1.0
+
+
+def test_a_model_without_a_checker_is_told_so(tmp_path):
+    with pytest.raises(LDMError, match="There is no checker for"):
+        load_checker(tmp_path / "model")

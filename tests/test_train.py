@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ldm import scenes
+from ldm.errors import LDMError
 from ldm.models.vae import VAE, VAEConfig
 from ldm.train import checker, clip, common, unet, vae
 from ldm.train.data import pictures
@@ -177,6 +178,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     optimizer = common.Optimizer([model], lr=0.1)
     norm = optimizer.step((model(torch.ones(1, 2)) * math.inf).sum(), 1.0)
     assert not math.isfinite(norm) and torch.equal(before, model.weight)
+    with pytest.raises(LDMError, match="not been a finite number for 20 steps"):
+        for _ in range(19):
+            optimizer.step((model(torch.ones(1, 2)) * math.inf).sum(), 1.0)
 
 
 def test_unet_loss_is_the_weighted_noise_error():

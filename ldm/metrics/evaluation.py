@@ -209,8 +209,8 @@ def evaluate(
 ) -> dict:
     """The whole table for `count` held-out scenes: printed, and returned as plain numbers."""
     checker, wanted = load_checker(pipe.folder), held_out(count)
-    vae = evaluate_vae(pipe, checker, wanted)
     drawn = evaluate_pictures(pipe, checker, wanted, folder, **options)
+    vae = evaluate_vae(pipe, checker, wanted)
     true, rebuilt = vae["checker on true pictures"], vae["checker on rebuilt pictures"]
     say(report(true, rebuilt, vae["psnr"], drawn))
     tables = {"true": true, "rebuilt": rebuilt, "drawn": drawn}

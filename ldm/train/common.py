@@ -30,6 +30,9 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+MOST_SKIPPED = 20  # a single bad batch is passed over and must not end a night's work; so many are no accident
+
+
 def trapezoid(step: int, steps: int, warmup: int = 100, cooldown: float = 0.3) -> float:
     """Factor on the learning rate: a linear rise, a plateau, and over the last `cooldown` of the run a linear fall.
 
@@ -44,7 +47,7 @@ class Optimizer:
     def __init__(self, models: list[nn.Module], lr: float, weight_decay: float = 0.0, clip: float = 1.0):
         groups = [split_parameters(model) for model in models]
         matrices, rest = [p for m, _ in groups for p in m], [p for _, r in groups for p in r]
-        self.lr, self.clip, self.parameters = lr, clip, matrices + rest
+        self.lr, self.clip, self.parameters, self.skipped = lr, clip, matrices + rest, 0
         self.muon = Muon(matrices, lr, weight_decay=weight_decay)
         self.adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.0)
 
@@ -55,9 +58,15 @@ class Optimizer:
         for optimizer in (self.muon, self.adamw):
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * rate
-            if math.isfinite(norm):  # a single bad batch must not end a night's work
+            if math.isfinite(norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped == MOST_SKIPPED:
+            raise LDMError(
+                f"The loss has not been a finite number for {MOST_SKIPPED} steps: this training has failed. "
+                "Begin again in another folder with a smaller --lr."
+            )
         return norm
 
     def state_dict(self) -> dict:
