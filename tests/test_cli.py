@@ -648,6 +648,9 @@ def test_help_names_every_sampler_and_imports_no_torch():
 
 
 def start(*words, **options):
+    """The command as a process of its own. Ctrl-C reaches it even where the tests run in a shell's background, whose
+    children are born deaf to it."""
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
         [sys.executable, "-m", "ldm", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, **options,
