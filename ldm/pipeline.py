@@ -254,10 +254,8 @@ class Pipeline:
         sampler = sampler or d.sampler or OF_RULE[self.scheduler.rule]
         if sampler not in SAMPLERS:
             raise LDMError(f"Unknown sampler {sampler!r}: ldm has {', '.join(SAMPLERS)}.{nearest(sampler, SAMPLERS)}")
-        width, height = (
-            next(side for side in sides if side is not None)
-            for sides in ((width, d.width, self.default_size), (height, d.height, self.default_size))
-        )
+        width = width if width is not None else d.width or self.default_size
+        height = height if height is not None else d.height or self.default_size
         factor = self.vae.config.factor
         for name, pixels in (("width", width), ("height", height)):
             if pixels < factor or pixels % factor:

@@ -293,6 +293,7 @@ REFUSED = {
     "width": ({"width": 36}, "width must be a multiple of 8, not 36: a latent stands for 8 pixels"),
     "height": ({"height": 7}, "height must be a multiple of 8, not 7"),
     "negative size": ({"height": -8}, "height must be a multiple of 8, not -8"),
+    "no size": ({"height": 0}, "height must be a multiple of 8, not 0"),
     "no steps": ({"steps": 0}, "0 steps asked for; this model's schedule has between 1 and 1000"),
     "too many steps": ({"steps": 1001}, "1001 steps asked for"),
     "eta": ({"eta": 0.5, "sampler": "euler"}, "eta, the noise that ddim adds, .* euler can't take 0.5"),
