@@ -544,7 +544,7 @@ def test_the_nearest_model_is_named(cli, monkeypatch, model):
 # part: numbers that overflow together (the text encoder's alone, in the LayerNorm after it), and who is named
 CULPRITS = {
     "text_encoder": (["encoder.layers.1.mlp.fc2.bias"], "the text encoder returned"),
-    "unet": (["conv_norm_out.bias", "conv_out.weight"], "the UNet, in step 1 of 3 returned"),
+    "unet": (["conv_norm_out.bias", "conv_out.weight"], "the UNet, in step 1 returned"),
     "vae": (["decoder.conv_norm_out.bias", "decoder.conv_out.weight"], "the VAE's decoder returned"),
 }
 
@@ -766,6 +766,8 @@ def test_train_says_what_ctrl_c_leaves(cli, monkeypatch):
 def test_train_sentences(cli, stages):
     Path("file").write_text("x")
     assert "Cannot make the run's folder file/x" in cli("train", "vae", "--run", "file/x", status=1).err
+    assert "--init file lacks vae/diff" in cli("train", "all", "--init", "file", status=1).err
+    assert "--init file lacks unet/diff" in cli("train", "unet", "--init", "file", status=1).err
     assert "Unknown device 'gpu'" in cli("train", "vae", "--device", "gpu", status=1).err
     assert "has no trained vae yet" in cli("train", "export", "--run", "r", status=1).err
     assert "Did you mean 'euler'?" in cli("train", "export", "--sampler", "eulr", status=1).err

@@ -4,10 +4,14 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ldm import scenes
 from ldm.errors import LDMError
@@ -70,6 +74,20 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_an_unbroken_one(run_folder, 
     name = "vae/diffusion_pytorch_model.safetensors"
     assert (whole / name).read_bytes() == (broken / name).read_bytes()
     assert (whole / "vae/config.json").read_text() == (broken / "vae/config.json").read_text()
+
+
+def test_a_run_taken_up_again_says_what_is_new_and_drops_lines_it_will_write_again(run_folder, tmp_path, capsys):
+    folder = fresh(run_folder, tmp_path)
+    first = checker.Recipe(pictures=24, held_out=4, steps=10, batch=4)
+    checker.train(folder, first)
+    log = folder / "checker" / "log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"step": 20, "loss": 1.0}\n{"step": 3')
+    capsys.readouterr()
+    checker.train(folder, first)
+    assert log.read_text() == whole and "until now" not in capsys.readouterr().err
+    checker.train(folder, replace(first, steps=11, lr=1e-3))
+    assert f"{folder / 'checker'}: lr 0.001 was 0.002 until now." in capsys.readouterr().err
 
 
 def test_vae_training_lowers_the_loss_and_measures_its_scale(run_folder, tmp_path):
@@ -218,7 +236,8 @@ def test_the_whole_chain_trains_and_exports_a_model_that_loads(run_folder, tmp_p
     export(folder, tmp_path / "weights", {"steps": 2, "guidance": 2.0, "sampler": "dpm++"}, name="unet-tuned")
     pipe = ldm.load(tmp_path / "weights")
     assert pipe.defaults.steps == 2
-    assert pipe("a red house", seed=1).images[0].size == (128, 128)
+    picture = np.asarray(pipe("a red house", seed=1).images[0])
+    assert picture.shape == (128, 128, 3) and picture.std() > 1  # untrained, but not a single colour
 
 
 def test_training_twice_changes_nothing_that_is_finished(run_folder, tmp_path):
@@ -247,3 +266,17 @@ def test_another_vae_s_latents_are_not_taken(run_folder, tmp_path):
         common.write_model(folder / "vae", model, "diffusion_pytorch_model")
         means.append(unet.encode_pictures(model, data, folder, "train", "cpu")[0])
     assert not torch.equal(*means)
+
+
+def test_two_processes_train_as_one(run_folder, tmp_path):
+    """Each process takes half of every batch; the weights are those of one process alone."""
+    folders = tmp_path / "alone", tmp_path / "together"
+    options = ["--pictures", "32", "--steps", "3", "--batch", "4"]
+    for folder, processes in zip(folders, ("1", "2"), strict=True):
+        run = [sys.executable, "-m", "ldm", "train", "checker", "--run", folder, "--processes", processes, *options]
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert len((folder / "checker" / "log.jsonl").read_text().splitlines()) == 1  # one reports
+    alone, together = (load_file(folder / "checker" / "checker.safetensors") for folder in folders)
+    for name, tensor in alone.items():
+        assert torch.allclose(tensor, together[name], atol=1e-5), name

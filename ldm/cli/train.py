@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,6 +17,10 @@ STAGES = {
     "unet": "the UNet, which removes noise; needs vae and clip",
 }
 NEEDS = {"unet": ("vae", "clip")}
+BEGINS_FROM = {  # what --init reads
+    "vae": ("vae/diffusion_pytorch_model.safetensors",),
+    "unet": ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"),
+}
 HELP = """Train the embedded model of scenes from nothing.
 
   ldm train all                      everything, in order: some hours on two cores
@@ -49,6 +54,13 @@ def add_stage(p: argparse.ArgumentParser, stage: str) -> None:
         "--steps", type=whole(1), metavar="N", help=f"steps of training{', of each stage' * (stage == 'all')} {recipe}"
     )
     p.add_argument("--seed", type=SEED, help=f"of everything random {recipe}")
+    p.add_argument(
+        "--processes",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="share every batch among N processes: one for each core, or for each GPU, is fastest (default: 1)",
+    )
     if stage != "all":  # one size or rate for four networks would suit none of them
         p.add_argument("--batch", type=whole(1), metavar="N", help=f"pictures a step {recipe}")
         p.add_argument("--lr", type=real(0), metavar="RATE", help=f"learning rate {recipe}")
@@ -86,13 +98,22 @@ def add_export(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ldm.train import parallel
+
     device = str(find_device(args.device))
     folder = Path(args.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LDMError(f"Cannot make the run's folder {folder}: {error.strerror}; choose another --run.") from error
-    for stage in STAGES if args.stage == "all" else (args.stage,):
+    stages = tuple(STAGES) if args.stage == "all" else (args.stage,)
+    for name in (name for stage in stages for name in BEGINS_FROM.get(stage, ()) if args.init):
+        if not Path(args.init, name).is_file():
+            raise LDMError(f"--init {args.init} lacks {name}: name a model folder in diffusers' format.")
+    if args.processes > 1 and "RANK" not in os.environ:
+        return parallel.spawn(args.processes, args.argv)
+    device = parallel.start(device)
+    for stage in stages:
         try:
             train_stage(stage, folder, args, device)
         except KeyboardInterrupt:

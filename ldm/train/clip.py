@@ -16,6 +16,7 @@ from ldm.text.clip import INITIAL_SCALE, ImageEncoder, TextConfig, TextEncoder, 
 from ldm.text.tokenizer import Tokenizer
 from ldm.train.common import Optimizer, Run, step_generator, trapezoid, write_model
 from ldm.train.data import Pictures, pictures
+from ldm.train.parallel import leader_first, leads
 from ldm.train.vocabulary import save_vocabulary, train_vocabulary
 
 WIDTH, LAYERS, HEADS, JOINT = 128, 3, 4, 128
@@ -89,8 +90,9 @@ def shrink(images: Tensor) -> Tensor:
 
 def make_tokenizer(folder: Path, data: Pictures, size: int) -> Tokenizer:
     """The vocabulary of the captions, trained unless `folder` already holds it."""
-    if not (folder / "vocab.json").exists():
-        save_vocabulary(folder, *train_vocabulary([words for each in data.captions for words in each], size))
+    with leader_first():
+        if not (folder / "vocab.json").exists():
+            save_vocabulary(folder, *train_vocabulary([words for each in data.captions for words in each], size))
     return Tokenizer.from_folder(folder)
 
 
@@ -114,8 +116,8 @@ def train(folder: Path, recipe: Recipe = Recipe()) -> None:
     torch.manual_seed(recipe.seed)
     clip = CLIP(text_config(tokenizer), VISION).to(recipe.device)
     optimizer = Optimizer([clip], recipe.lr)
-    run = Run(folder / "clip", {"clip": clip, "optimizer": optimizer}, recipe.steps)
-    for step in run.steps():
+    run = Run(folder / "clip", {"clip": clip, "optimizer": optimizer}, recipe)
+    for step in run.steps():  # not shared among processes: every picture is compared with all captions of the batch
         generator = step_generator(recipe.seed, step)
         rows = torch.randint(len(data), (recipe.batch,), generator=generator)
         wording = torch.randint(ids.shape[1], (recipe.batch,), generator=generator)
@@ -130,4 +132,5 @@ def train(folder: Path, recipe: Recipe = Recipe()) -> None:
             run.log(step + 1, recall=recall(clip, held, held_ids))
     for name, tower in (("text", clip.text), ("vision", clip.vision)):
         write_model(folder / "clip" / name, tower, "model")
-    save_weights({"logit_scale": clip.logit_scale.detach()}, folder / "clip" / "logit_scale.safetensors")
+    if leads():
+        save_weights({"logit_scale": clip.logit_scale.detach()}, folder / "clip" / "logit_scale.safetensors")

@@ -7,10 +7,12 @@ was killed and resumed takes the very steps that an unbroken one takes.
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +23,15 @@ from tqdm import tqdm
 
 from ldm.errors import LDMError
 from ldm.io.atomic import atomic_file
-from ldm.io.weights import read_tensors, save_weights, write_json
+from ldm.io.folders import write_json
+from ldm.io.weights import read_tensors, save_weights
+from ldm.train import parallel
 from ldm.train.muon import Muon, split_parameters
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The source of all that is random in one step."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
 MOST_SKIPPED = 20  # a single bad batch is passed over and must not end a night's work; so many are no accident
@@ -54,6 +58,7 @@ class Optimizer:
     def step(self, loss: Tensor, rate: float) -> float:
         """Backward pass and update at `rate` times the learning rate; returns the gradient's norm before clipping."""
         loss.backward()
+        parallel.average_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip).item()
         for optimizer in (self.muon, self.adamw):
             for group in optimizer.param_groups:
@@ -79,6 +84,8 @@ class Optimizer:
 
 def write_model(folder: Path, model: nn.Module, stem: str, config: object = None) -> None:
     """`config.json` and the weights; `stem` is diffusers' "diffusion_pytorch_model" or transformers' "model"."""
+    if not parallel.leads():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", (config or model.config).to_json())
     save_weights(model.state_dict(), folder / f"{stem}.safetensors")
@@ -147,9 +154,14 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 class Run:
     """One training's folder: `state.pt` (everything needed to go on), `log.jsonl`, and sheets of samples."""
 
-    def __init__(self, folder: Path, parts: dict, steps: int, save_every: float = 120.0):
-        """`parts` are the objects with a state_dict that make up the state; `save_every` is in seconds."""
-        self.folder, self.parts, self.total, self.save_every = Path(folder), parts, steps, save_every
+    def __init__(self, folder: Path, parts: dict, recipe: object, save_every: float = 120.0):
+        """`parts` are the objects with a state_dict that make up the state; `save_every` is in seconds.
+
+        `recipe` is a dataclass with the number of `steps`. It may differ from the one that the run began with; what
+        differs is said on stderr.
+        """
+        self.folder, self.parts, self.total, self.save_every = Path(folder), parts, recipe.steps, save_every
+        self.recipe = asdict(recipe)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.step, self.seconds = 0, 0.0
         if (self.folder / "state.pt").exists():
@@ -157,6 +169,26 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.step, self.seconds = state["step"], state["seconds"]
+            self.compare(state.get("recipe", {}))
+        self.cut_log()
+
+    def compare(self, before: dict) -> None:
+        """Say in what the recipe differs from the one so far: a forgotten option is easily taken for a default."""
+        for name, value in before.items():
+            if name not in ("steps", "device", "sheet_every") and value != self.recipe.get(name) and parallel.leads():
+                what = "has no effect on a run that has begun" if name == "init" else f"was {value!r} until now"
+                print(f"{self.folder}: {name} {self.recipe.get(name)!r} {what}.", file=sys.stderr)
+
+    def cut_log(self) -> None:
+        """Drop the lines of steps that were taken but not saved before a kill: they will be taken again."""
+        log = self.folder / "log.jsonl"
+        if parallel.leads() and log.exists():
+            lines = log.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("}\n")]  # a kill may tear the last one
+            kept = [line for line in whole if json.loads(line)["step"] <= self.step]
+            if kept != lines:
+                with atomic_file(log, "w") as file:
+                    file.writelines(kept)
 
     def steps(self) -> Iterator[int]:
         """Count from where the run stands to its end, with a progress bar; saves now and then, and at the end.
@@ -165,24 +197,30 @@ class Run:
         """
         start = saved = time.monotonic()
         before = self.seconds
-        self.bar = tqdm(range(self.step, self.total), initial=self.step, total=self.total, desc=self.folder.name)
+        todo, quiet = range(self.step, self.total), not parallel.leads()
+        self.bar = tqdm(todo, initial=self.step, total=self.total, desc=self.folder.name, disable=quiet)
         with interruptible() as interrupted:
             for step in self.bar:
                 yield step
                 self.step, self.seconds = step + 1, before + time.monotonic() - start
-                if time.monotonic() - saved > self.save_every or interrupted() or self.step == self.total:
+                stop = parallel.any_of_us(interrupted())
+                if time.monotonic() - saved > self.save_every or stop or self.step == self.total:
                     self.save()
                     saved = time.monotonic()
-                if interrupted():
+                if stop:
                     raise KeyboardInterrupt
 
     def save(self) -> None:
+        if not parallel.leads():
+            return
         state = {name: part.state_dict() for name, part in self.parts.items()}
         with atomic_file(self.folder / "state.pt") as file:
-            torch.save({**state, "step": self.step, "seconds": self.seconds}, file)
+            torch.save({**state, "step": self.step, "seconds": self.seconds, "recipe": self.recipe}, file)
 
     def log(self, step: int, **numbers: float) -> None:
         """One line of the log, and the same beside the progress bar."""
+        if not parallel.leads():
+            return
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()})
         line = {"step": step, "seconds": round(self.seconds, 1), **{k: float(f"{v:.6g}") for k, v in numbers.items()}}
         with open(self.folder / "log.jsonl", "a") as file:
@@ -190,6 +228,8 @@ class Run:
 
     def sheet(self, step: int, images: Tensor, columns: int) -> None:
         """Write `images` (B, 3, H, W) in [-1, 1] as one picture, `columns` wide."""
+        if not parallel.leads():
+            return
         pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         rows = [np.concatenate(pixels[i : i + columns], axis=1) for i in range(0, len(pixels), columns)]
         Image.fromarray(np.concatenate(rows, axis=0)).save(self.folder / f"sheet-{step:06d}.png")

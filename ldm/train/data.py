@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ldm import scenes
 from ldm.io.atomic import atomic_folder
+from ldm.train.parallel import leader_first
 
 CAPTIONS_EACH = 4  # wordings a picture: words vary more often than pictures do
 
@@ -66,19 +67,20 @@ def pictures(folder: Path, count: int, split: str = "train", first: int = 0) -> 
     """The pictures of seeds `first` to `first + count - 1`, drawn now unless `folder` already holds them."""
     folder = Path(folder) / f"{split}-{first}-{count}"
     seeds = range(first, first + count)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder) as new:
-            images = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, (count, 128, 128, 3))
-            masks = np.lib.format.open_memmap(new / "masks.npy", "w+", bool, (count, 128, 128))
-            captions = []
-            for i, (image, mask, words) in enumerate(
-                tqdm(_draw_all(seeds, split), total=count, desc=f"drawing {split}")
-            ):
-                images[i], masks[i] = image, mask
-                captions.append(words)
-            images.flush(), masks.flush()
-            (new / "captions.json").write_text(json.dumps(captions))
+    with leader_first():
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_folder(folder) as new:
+                images = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, (count, 128, 128, 3))
+                masks = np.lib.format.open_memmap(new / "masks.npy", "w+", bool, (count, 128, 128))
+                captions = []
+                for i, (image, mask, words) in enumerate(
+                    tqdm(_draw_all(seeds, split), total=count, desc=f"drawing {split}")
+                ):
+                    images[i], masks[i] = image, mask
+                    captions.append(words)
+                images.flush(), masks.flush()
+                (new / "captions.json").write_text(json.dumps(captions))
     images = np.load(folder / "images.npy", mmap_mode="r")
     masks = np.load(folder / "masks.npy", mmap_mode="r")
     captions = json.loads((folder / "captions.json").read_text())

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from ldm.io.atomic import atomic_folder
-from ldm.io.folders import read_json
-from ldm.io.weights import read_tensors, save_weights, write_json
+from ldm.io.folders import read_json, write_json
+from ldm.io.weights import read_tensors, save_weights
 from ldm.train.unet import SCHEDULER
 
 DIFFUSERS = "0.42.1"  # the version whose format this is

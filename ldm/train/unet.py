@@ -27,6 +27,7 @@ from ldm.text.clip import TextConfig, TextEncoder
 from ldm.text.tokenizer import Tokenizer
 from ldm.train.common import EMA, Optimizer, Run, begin_from, step_generator, trapezoid, write_model
 from ldm.train.data import Pictures, pictures
+from ldm.train.parallel import leader_first, share
 
 CONFIG = UNetConfig(
     sample_size=16,
@@ -86,13 +87,14 @@ def encode_pictures(vae: VAE, data: Pictures, folder: Path, name: str, device: s
     They are kept in the run's folder under the VAE's hash: another VAE's latents are never taken for its own.
     """
     path = folder / "data" / f"latents-{name}-{len(data)}-{folder_hash(folder / 'vae')}.safetensors"
-    if not path.exists():
-        means, deviations = [], []
-        for start in tqdm(range(0, len(data), 32), desc=f"encoding {path.stem}"):
-            posterior = vae.posterior(data.tensor(slice(start, start + 32)).to(device))
-            means.append(posterior.mean.cpu() * vae.config.scaling_factor)
-            deviations.append((0.5 * posterior.log_variance).exp().cpu() * vae.config.scaling_factor)
-        save_weights({"mean": torch.cat(means), "deviation": torch.cat(deviations)}, path)
+    with leader_first():
+        if not path.exists():
+            means, deviations = [], []
+            for start in tqdm(range(0, len(data), 32), desc=f"encoding {path.stem}"):
+                posterior = vae.posterior(data.tensor(slice(start, start + 32)).to(device))
+                means.append(posterior.mean.cpu() * vae.config.scaling_factor)
+                deviations.append((0.5 * posterior.log_variance).exp().cpu() * vae.config.scaling_factor)
+            save_weights({"mean": torch.cat(means), "deviation": torch.cat(deviations)}, path)
     tensors = {name: tensor.clone() for name, tensor, _ in read_tensors(path)}
     return tensors["mean"], tensors["deviation"]
 
@@ -185,8 +187,9 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
     scheduler = ScheduleConfig.from_json(SCHEDULER)
     bars = alpha_bars(scheduler).to(device)
     optimizer, ema = Optimizer([trained], recipe.lr), EMA(trained, recipe.ema)
-    run = Run(folder / name, {"trained": trained, "optimizer": optimizer, "ema": ema}, recipe.steps)
+    run = Run(folder / name, {"trained": trained, "optimizer": optimizer, "ema": ema}, recipe)
 
+    mine = share(recipe.batch)
     for step in run.steps():
         generator = step_generator(recipe.seed, step)
         rows = torch.randint(len(data), (recipe.batch,), generator=generator)
@@ -197,7 +200,7 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
         eps = torch.randn(x0.shape, generator=generator)
         # One t in each of B equal stretches of [0, 1000): as uniform as drawing freely, and the loss jumps less.
         t = ((torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch * 1000).long()
-        x0, eps, t, words = (v.to(device) for v in (x0, eps, t, words))
+        x0, eps, t, words = (v[mine].to(device) for v in (x0, eps, t, words))
         context = text.context(words)
         value = loss(unet, x0, context, t, eps, bars, recipe.snr_cap, scheduler.prediction_type)
         norm = optimizer.step(value, trapezoid(step, recipe.steps))

@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.models.vae import VAE, VAEConfig
 from ldm.train.common import EMA, Optimizer, Run, begin_from, step_generator, trapezoid, write_model
 from ldm.train.data import Pictures, pictures, to_tensor
+from ldm.train.parallel import share
 
 CONFIG = VAEConfig(
     block_out_channels=(16, 32, 64, 128),
@@ -121,12 +122,13 @@ def train(folder: Path, recipe: Recipe = Recipe(), config: VAEConfig = CONFIG) -
     if recipe.init:
         begin_from(vae, Path(recipe.init) / "vae" / "diffusion_pytorch_model.safetensors")
     optimizer, ema = Optimizer([vae], recipe.lr), EMA(vae, 0.998)
-    run = Run(folder / "vae", {"vae": vae, "optimizer": optimizer, "ema": ema}, recipe.steps)
+    run = Run(folder / "vae", {"vae": vae, "optimizer": optimizer, "ema": ema}, recipe)
+    mine = share(recipe.batch)
     for step in run.steps():
         generator = step_generator(recipe.seed, step)
         x, weight = crops(data, recipe, generator)
         noise = torch.randn(len(x), *vae.latent_shape(recipe.crop, recipe.crop), generator=generator)
-        x, weight, noise = (v.to(recipe.device) for v in (x, weight, noise))
+        x, weight, noise = (v[mine].to(recipe.device) for v in (x, weight, noise))
         value = loss(vae, x.contiguous(memory_format=torch.channels_last), weight, noise, recipe.kl_weight)
         norm = optimizer.step(value, trapezoid(step, recipe.steps))
         ema.update(vae, step)
