@@ -5,8 +5,8 @@ import torch
 
 from ldm import scenes
 from ldm.errors import LDMError
+from ldm.metrics import checker
 from ldm.metrics.evaluation import QUESTIONS, Share, evaluate, evaluate_vae, held_out, load_checker, tally, verdict
-from ldm.train import checker
 from ldm.train.data import to_tensor
 
 
@@ -47,7 +47,9 @@ def test_a_missing_object_is_wrong_and_not_asked_for_its_side():
     one = scene(("house", "red", "large", 60.0, 80.0))
     found = verdict(TWO, checker.answers(one))
     assert found["object"] == [True, False] and found["left/right"] == []
-    assert verdict(one, checker.answers(TWO))["object"] == [True]  # what was not asked for is not counted
+    assert verdict(TWO, checker.answers(TWO))["number"] == [True] and found["number"] == [False]
+    surplus = verdict(one, checker.answers(TWO))  # what was not asked for is wrong in number alone
+    assert surplus["object"] == [True] and surplus["number"] == [False]
 
 
 def test_tally_adds_up():

@@ -1,6 +1,6 @@
 """Does the model draw what it is told? Pictures for held-out scenes, read by a checker, with confidence intervals.
 
-The checker (`ldm.train.checker`) is a network too, so its own accuracy on true pictures stands in the same table.
+The checker (`ldm.metrics.checker`) is a network too, so its own accuracy on true pictures stands in the same table.
 """
 
 import json
@@ -19,12 +19,12 @@ from ldm import scenes
 from ldm.errors import LDMError
 from ldm.io.folders import folder_hash, read_json, write_json
 from ldm.io.weights import blank, load_weights
+from ldm.metrics.checker import NOTHING, Checker, answers
 from ldm.pipeline import Pipeline
-from ldm.train.checker import Checker, answers
 from ldm.train.data import to_tensor
 
 FIRST_SEED = 20_000_000  # of the scenes asked for, beyond all seeds of training
-QUESTIONS = ("time", "ground", "mountains", "style", "object", "color", "size", "left/right")
+QUESTIONS = ("time", "ground", "mountains", "style", "number", "object", "color", "size", "left/right")
 BARS = {"time": 0.97, "ground": 0.97, "object": 0.95, "color": 0.93, "left/right": 0.85, "style": 0.95}
 
 
@@ -58,9 +58,11 @@ def verdict(scene: scenes.Scene, read: dict[str, object]) -> dict[str, list[bool
 
     The things are matched with what was read in the order that fits more kinds, so a picture with the two things
     exchanged has both objects right, and only "left/right" wrong. That is asked where both kinds are there at all.
+    "number" is whether there are as many things as were asked for: one too many is wrong there alone.
     """
     true = answers(scene)
     found: dict[str, list[bool]] = {q: [read[q] == true[q]] for q in ("time", "ground", "mountains", "style")}
+    found["number"] = [(read["right kind"] == NOTHING) == (true["right kind"] == NOTHING)]
     sides = ("left", "right") if len(scene.things) > 1 else ("left",)
     kinds = [true[f"{side} kind"] for side in sides]
 
@@ -198,6 +200,7 @@ def report(true: dict[str, Share], rebuilt: dict[str, Share], psnr: dict[str, fl
         bar = f"   bar {100 * BARS[question]:.0f} %" if question in BARS else ""
         t, r = 100 * true[question].value, 100 * rebuilt[question].value
         lines.append(f"{question:12s} {t:6.1f} % {r:6.1f} %   {drawn[question]}{bar}")
+    lines.append("left/right is asked of the pictures with two things in which both were found")
     lines.append(
         f"VAE: {psnr['everywhere']:.2f} dB everywhere (bar 32), {psnr['inside objects']:.2f} dB inside objects (bar 28)"
     )
