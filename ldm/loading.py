@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ldm.config import from_json
-from ldm.errors import LDMError, nearest
-from ldm.io.folders import find_weights, read_json, say_on_stderr
+from ldm.errors import LDMError, nearest, say_on_stderr
+from ldm.io.folders import find_weights, read_fields
 from ldm.io.weights import blank, load_weights
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
@@ -29,21 +29,26 @@ PASSED_OVER = ("safety_checker", "feature_extractor", "image_encoder")  # they t
 
 def load(
     model: str | Path = "scenes",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
     variant: str | None = None,
+    clean: str = "transformers",
 ) -> Pipeline:
     """`model`: the name of an embedded model ("scenes") or a folder in diffusers' format.
 
     `variant` ("fp16") picks one of several sets of weights in the folder; `dtype` is what they are cast to as they are
-    read. Raises LDMError with one sentence for a folder that is not such a model, or is damaged.
+    read; `clean` is how prompts are cleaned (`ldm.text.tokenizer`). Raises LDMError with one sentence for a folder that
+    is not such a model, or is damaged.
     """
+    dtype = find_dtype(dtype)
     folder = find_model(model)
     check_index(folder)
     text_config = TextConfig.from_json(read_fields(folder / "text_encoder" / "config.json"))
     unet_config = UNetConfig.from_json(read_fields(folder / "unet" / "config.json"))
     vae_config = VAEConfig.from_json(read_fields(folder / "vae" / "config.json"))
-    tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer", clean)
+    if tokenizer.notice:
+        say_on_stderr(tokenizer.notice)
     check_fit(folder, tokenizer, text_config, unet_config, vae_config)
 
     def fill(cls: type[nn.Module], config: object, name: str, stem: str) -> nn.Module:
@@ -66,12 +71,16 @@ def load(
     )
 
 
-def read_fields(path: Path) -> dict:
-    """A JSON file that holds an object."""
-    fields = read_json(path)
-    if not isinstance(fields, dict):
-        raise LDMError(f"{path} must hold a JSON object, not a {type(fields).__name__}: download it again.")
-    return fields
+def find_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype itself, or the one of that name. Raises LDMError for one that weights cannot have."""
+    known = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
+    if dtype in known.values():
+        return dtype
+    if str(dtype) not in known:
+        raise LDMError(
+            f"dtype {dtype!r} is none that weights can have: {', '.join(known)}.{nearest(str(dtype), known)}"
+        )
+    return known[dtype]
 
 
 def read_defaults(folder: Path) -> Defaults:

@@ -9,19 +9,20 @@
 Each station of the road is a method of `Pipeline`, and each part is usable alone.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.errors import LDMError, nearest
+from ldm.errors import LDMError, nearest, say_on_stderr
 from ldm.guidance import Network, classifier_free, conditional, denoiser
-from ldm.io.folders import say_on_stderr
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.noise import Noise
@@ -131,26 +132,23 @@ class Pipeline:
         after: Sequence[Step] = (),
         together: bool = True,
     ) -> Iterator[Step]:
-        """Yield the steps of a run, each as it is taken (`ldm.samplers.Step`); nothing is hidden between them.
+        """The steps of a run, each yielded as it is taken (`ldm.samplers.Step`); nothing is hidden between them.
 
         Pictures: `count` for each prompt, with seeds seed, seed + 1, ... `latents` (B, C, h, w) of unit variance, or a
         `generator` (one for the batch's single picture, or one a picture), replace what the seeds would draw.
-        `guidance` 1 or less runs the conditional model alone. `after=steps[:k]` goes on from steps of an earlier run.
-        `together` False runs the two halves of guidance one after the other. Raises LDMError for what cannot be.
+        `guidance` 1 or less runs the conditional model alone, in which `negative` has no part. `after=steps[:k]` goes
+        on from steps of an earlier run. `together` False runs the two halves of guidance one after the other.
+        Raises LDMError, at once, for what cannot be.
         """
         settings = self.settings(
             prompt, negative=negative, seed=seed, steps=steps, guidance=guidance, sampler=sampler, eta=eta,
             width=width, height=height, count=count,
         )  # fmt: skip
-        schedule = self.schedule(settings.steps)
+        schedule, sampler = self.schedule(settings.steps), self.sampler(settings)
         noise = self.noise(settings, generator)
         x = self.start(settings, schedule, noise, latents)
-        with torch.no_grad():
-            network = self.network(settings, clip_skip, together)
-        denoise = denoiser(network, schedule.prediction)
-        for step in sample(denoise, x, schedule, self.sampler(settings), noise, after):
-            finite(step.x, f"the UNet, in step {step.i + 1} of {settings.steps}")
-            yield step
+        denoise = denoiser(self.network(settings, clip_skip, together), schedule.prediction)
+        return watched(sample(denoise, x, schedule, sampler, noise, after))
 
     # ------------------------------------------------------------------------------------------ its stations
 
@@ -188,12 +186,17 @@ class Pipeline:
         elif latents.shape != (len(settings.seeds), *shape):
             wanted = (len(settings.seeds), *shape)
             raise LDMError(f"latents of shape {tuple(latents.shape)} given; these settings need {wanted}.")
+        elif not torch.isfinite(latents).all():
+            raise LDMError("The latents given hold numbers that are not finite (NaN or infinity).")
         return latents.to(self.device, self.dtype) * schedule.start_scale
 
+    @torch.no_grad()
     def network(self, settings: Settings, clip_skip: int = 0, together: bool = True) -> Network:
         """The UNet told what to draw, with classifier-free guidance unless its scale is 1 or less."""
         cond = self.encode(settings.prompt, clip_skip)
         if settings.guidance <= 1:
+            if any(settings.negative):
+                say_on_stderr("Without guidance (1 or less) the negative prompt does nothing.")
             return conditional(self.unet, cond)
         uncond = self.encode(settings.negative)  # as in diffusers, clip_skip is the prompt's alone
         return classifier_free(self.unet, cond, uncond, settings.guidance, together)
@@ -249,8 +252,10 @@ class Pipeline:
             raise LDMError(
                 f"{len(prompts)} prompts and {len(negatives)} negative ones given: one negative for all, or one each."
             )
-        if count < 1:
-            raise LDMError(f"count must be 1 or more, not {count}.")
+        seed, count = whole("seed", seed, 0, 2**63), whole("count", count, 1)
+        guidance = d.guidance if guidance is None else guidance
+        if not isinstance(guidance, Real) or not math.isfinite(guidance):
+            raise LDMError(f"guidance must be a finite number, not {guidance!r}.")
         sampler = sampler or d.sampler or OF_RULE[self.scheduler.rule]
         if sampler not in SAMPLERS:
             raise LDMError(f"Unknown sampler {sampler!r}: ldm has {', '.join(SAMPLERS)}.{nearest(sampler, SAMPLERS)}")
@@ -258,7 +263,7 @@ class Pipeline:
         height = height if height is not None else d.height or self.default_size
         factor = self.vae.config.factor
         for name, pixels in (("width", width), ("height", height)):
-            if pixels < factor or pixels % factor:
+            if not isinstance(pixels, Integral) or pixels < factor or pixels % factor:
                 raise LDMError(
                     f"{name} must be a multiple of {factor}, not {pixels}: a latent stands for {factor} pixels."
                 )
@@ -267,8 +272,8 @@ class Pipeline:
             prompt=tuple(p for p in prompts for _ in range(count)),
             negative=tuple(p for p in negatives for _ in range(count)),
             seeds=tuple(range(seed, seed + n)),
-            steps=d.steps if steps is None else steps,
-            guidance=d.guidance if guidance is None else guidance,
+            steps=whole("steps", d.steps if steps is None else steps, 1),
+            guidance=guidance,
             sampler=sampler,
             eta=eta,
             width=width,
@@ -277,6 +282,21 @@ class Pipeline:
 
 
 SETTINGS = ("negative", "seed", "steps", "guidance", "sampler", "eta", "width", "height", "count")
+
+
+def whole(name: str, value: object, least: int, below: float = math.inf) -> int:
+    """`value` itself, or an LDMError if it is no whole number of that range."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < below:
+        most = "" if below == math.inf else f" and below {below}"
+        raise LDMError(f"{name} must be a whole number of {least} or more{most}, not {value!r}.")
+    return int(value)
+
+
+def watched(steps: Iterator[Step]) -> Iterator[Step]:
+    """The same steps, each seen to be finite."""
+    for step in steps:
+        finite(step.x, f"the UNet, in step {step.i + 1}")
+        yield step
 
 
 def finite(x: Tensor, what: str) -> Tensor:

@@ -381,3 +381,8 @@ def test_what_is_not_implemented_is_refused_by_name(field):
     if not field.endswith("token_id"):  # the text tower reads those
         with pytest.raises(LDMError, match=field):
             TextConfig.from_json({field: REFUSED[field]})
+
+
+def test_several_end_of_text_ids_are_refused():
+    with pytest.raises(LDMError, match=r"eos_token_id is \(2, 3\): ldm reads a single number"):
+        TextConfig.from_json(BASE | {"eos_token_id": [2, 3]})

@@ -82,7 +82,11 @@ x0 = pipe.vae.encode(image)
 assert x0.shape == (1, 4, 4, 4) and pipe.decode(x0)[0].size == (32, 32)
 
 command = ["generate", words, "--model", sys.argv[1], "--steps", "2", "--width", "16", "--height", "16"]
-assert main([*command, "--out", "picture.png"]) == 0
+assert main([*command, "--out", "picture.png", "--save-steps", "steps"]) == 0
+assert main(["rerun", "picture.png"]) == 0
+open("prompts.txt", "w").write(words + "\\na tree\\n")
+assert main(["generate", "--prompts", "prompts.txt", *command[2:], "--out", "pictures/"]) == 0
+assert main(["evaluate", "--count", "2", "--steps", "2", "--out", "seen"]) == 0
 """
 
 LEARN = """
@@ -128,13 +132,45 @@ learn(model, sum(logits.square().mean() for logits in model(torch.randn(2, 3, 12
 
 
 def test_the_whole_road_runs_without_diffusers_and_transformers(models, tmp_path):
-    """Load, every sampler, the VAE both ways, scenes, and `ldm generate`."""
+    """Load, every sampler, the VAE both ways, scenes, and the commands that draw."""
     assert python(BLOCK + ROAD + NOTHING_CAME_IN, models.folder("sd1"), cwd=tmp_path).endswith("done\n")
     assert (tmp_path / "picture.png").stat().st_size > 100
 
 
 def test_every_trainer_s_loss_takes_a_step_without_diffusers_and_transformers(tmp_path):
     assert python(BLOCK + LEARN + NOTHING_CAME_IN, cwd=tmp_path) == "done\n"
+
+
+EXPORT = """
+from pathlib import Path
+import ldm
+from ldm.models.unet import UNet
+from ldm.models.vae import VAE
+from ldm.metrics.checker import Checker
+from ldm.io.weights import save_weights
+from ldm.train import checker, clip, unet, vae
+from ldm.train.common import write_model
+from ldm.train.export import export
+from ldm.train.vocabulary import save_vocabulary, train_vocabulary
+
+save_vocabulary(Path("run/tokenizer"), *train_vocabulary(["a red house", "snow at night"], 530))
+tokenizer = ldm.Tokenizer.from_folder("run/tokenizer")
+towers = clip.CLIP(clip.text_config(tokenizer), clip.VISION)
+for name, tower in (("text", towers.text), ("vision", towers.vision)):
+    write_model(Path("run/clip", name), tower, "model")
+write_model(Path("run/vae"), VAE(vae.CONFIG), "diffusion_pytorch_model")
+write_model(Path("run/unet/unet"), UNet(unet.CONFIG), "diffusion_pytorch_model")
+write_model(Path("run/unet/text"), towers.text, "model")
+save_weights({"logit_scale": towers.logit_scale.detach()}, Path("run/clip/logit_scale.safetensors"))
+Path("run/checker").mkdir()
+save_weights(Checker().state_dict(), Path("run/checker/checker.safetensors"))
+export(Path("run"), Path("weights"), {"steps": 2, "guidance": 2.0, "sampler": "ddim"})
+assert ldm.load("weights")("a house").images[0].size == (128, 128)
+"""
+
+
+def test_a_model_is_exported_without_diffusers_and_transformers(tmp_path):
+    assert python(BLOCK + EXPORT + NOTHING_CAME_IN, cwd=tmp_path).endswith("done\n")
 
 
 # ------------------------------------------------------------------------------------ directions of import
@@ -184,7 +220,7 @@ MAY_IMPORT = {  # the folders follow the road: each station knows those before i
     "ldm.schedules": ALGEBRA,
     "ldm.samplers": (*ALGEBRA, "ldm.noise", "ldm.schedules"),
     "ldm.models": ("ldm.errors", "ldm.config", "ldm.models"),
-    "ldm.text": ("ldm.errors", "ldm.config", "ldm.text"),
+    "ldm.text": ("ldm.errors", "ldm.config", "ldm.io", "ldm.text"),
     "ldm.io": ("ldm.errors", "ldm.io"),
     "ldm.scenes": ("ldm.errors", "ldm.scenes"),
     "ldm.guidance": (*ALGEBRA, "ldm.models", "ldm.schedules"),
@@ -234,6 +270,6 @@ def test_the_reference_is_imported_nowhere_else():
 
 
 def test_the_import_parser_sees_what_it_should():
-    assert {"ldm.samplers", "ldm.models.unet", "ldm.io.folders"} <= imported("ldm.pipeline")
+    assert {"ldm.samplers", "ldm.models.unet", "ldm.text.clip"} <= imported("ldm.pipeline")
     assert {"torch", "ldm", "PIL"} <= imported("ldm.pipeline", everything=True)
     assert "ldm.scenes.world" in imported("ldm.scenes")  # relative imports

@@ -14,6 +14,7 @@ from ldm import loading
 from ldm.errors import LDMError
 from ldm.io.folders import read_json
 from ldm.io.weights import read_tensors, save_weights
+from ldm.text.tokenizer import has_ftfy
 
 SMALL = {"steps": 2, "width": 16, "height": 16}
 STEMS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
@@ -199,7 +200,7 @@ SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "proje
 BROKEN = {
     "no index": (remove("model_index.json"), "is not a model folder in diffusers' format: it has no model_index.json"),
     "damaged index": (write("model_index.json", "{"), "model_index.json is not valid JSON at line 1"),
-    "index that is a list": (write("model_index.json", "[]"), "must hold a JSON object, not a list: download it again"),
+    "index that is a list": (write("model_index.json", "[]"), "must hold a JSON object, not a list: download"),
     "a part too few": (index(unet=None, scheduler=None), "model_index.json lacks unet, scheduler"),
     "a part of nothing": (index(vae=[None, None], tokenizer=[]), "model_index.json lacks tokenizer, vae"),
     "a part too many": (
@@ -251,6 +252,18 @@ BROKEN = {
     "the upscaler": (config("unet", num_class_embeds=10), r"asks for more than a prompt \(num_class_embeds\)"),
     "SDXL": (config("unet", **SDXL), r"asks for more than a prompt \(addition_embed_type\)"),
 }
+
+
+def test_a_dtype_may_be_named_and_how_prompts_are_cleaned(folder, capsys):
+    pipe = ldm.load(folder, "float16", clean="original")
+    assert pipe.dtype == torch.float16 and pipe.tokenizer.clean == "original"
+    assert ("ftfy isn't installed" in capsys.readouterr().err) != has_ftfy()
+    with pytest.raises(LDMError, match=r"dtype 'floot16' is none that weights can have: .* Did you mean 'float16'\?"):
+        ldm.load(folder, "floot16")
+    with pytest.raises(LDMError, match=r"dtype torch\.int8 is none that weights can have"):
+        ldm.load(folder, torch.int8)
+    with pytest.raises(LDMError, match="clean='orignal' is no way to clean a prompt"):
+        ldm.load(folder, clean="orignal")
 
 
 @pytest.mark.parametrize("what", BROKEN)

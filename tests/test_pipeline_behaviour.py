@@ -1,6 +1,7 @@
 """How the pipeline behaves: what changes a picture and what must not, going on from any step, and what it refuses."""
 
 import copy
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -266,7 +267,7 @@ def test_a_prompt_that_is_cut_is_said_once(pipe, capsys):
 
 PLANTS = {
     "the text encoder": ("text_encoder", "final_layer_norm.weight"),
-    "the UNet, in step 1 of 5": ("unet", "conv_out.bias"),
+    "the UNet, in step 1": ("unet", "conv_out.bias"),
     "the VAE's decoder": ("vae", "decoder.conv_out.bias"),
 }
 
@@ -288,13 +289,19 @@ def test_latents_that_are_not_finite_are_refused(pipe):
 REFUSED = {
     "no prompt": ({"prompt": []}, "0 prompts and 0 negative ones given: one negative for all, or one each"),
     "negatives": ({"negative": ["a", "b"]}, "1 prompts and 2 negative ones given"),
-    "count": ({"count": 0}, "count must be 1 or more, not 0"),
+    "count": ({"count": 0}, "count must be a whole number of 1 or more, not 0"),
     "sampler": ({"sampler": "dimm"}, r"Unknown sampler 'dimm': ldm has ddpm, .*\. Did you mean 'ddim'\?"),
     "width": ({"width": 36}, "width must be a multiple of 8, not 36: a latent stands for 8 pixels"),
     "height": ({"height": 7}, "height must be a multiple of 8, not 7"),
     "negative size": ({"height": -8}, "height must be a multiple of 8, not -8"),
+    "a size in words": ({"width": "64"}, "width must be a multiple of 8, not 64"),
     "no size": ({"height": 0}, "height must be a multiple of 8, not 0"),
-    "no steps": ({"steps": 0}, "0 steps asked for; this model's schedule has between 1 and 1000"),
+    "no steps": ({"steps": 0}, "steps must be a whole number of 1 or more, not 0"),
+    "half a step": ({"steps": 2.5}, "steps must be a whole number of 1 or more, not 2.5"),
+    "a seed beyond all": ({"seed": 2**70}, "seed must be a whole number of 0 or more and below"),
+    "guidance that is none": ({"guidance": math.nan}, "guidance must be a finite number, not nan"),
+    "a word for a number": ({"guidance": "4"}, "guidance must be a finite number, not '4'"),
+    "latents that are none": ({"latents": torch.full((1, 4, 3, 4), math.nan)}, "The latents given hold numbers that"),
     "too many steps": ({"steps": 1001}, "1001 steps asked for"),
     "eta": ({"eta": 0.5, "sampler": "euler"}, "eta, the noise that ddim adds, .* euler can't take 0.5"),
     "eta above 1": ({"eta": 1.5, "sampler": "ddim"}, "between 0 and 1; ddim can't take 1.5"),
@@ -319,6 +326,19 @@ def test_what_cannot_be_drawn_is_refused_with_a_sentence(pipe, what):
     options, sentence = REFUSED[what]
     with pytest.raises(LDMError, match=sentence):
         pipe(**{"prompt": PROMPT, **SMALL, **options})
+
+
+def test_steps_refuses_at_once_and_not_when_the_first_step_is_asked_for(pipe):
+    with pytest.raises(LDMError, match="Unknown sampler 'dimm'"):
+        pipe.steps(PROMPT, sampler="dimm")
+
+
+def test_a_negative_prompt_that_does_nothing_is_said(pipe, capsys):
+    pipe.steps(PROMPT, negative="a fish", guidance=1.0, **SMALL)
+    assert "Without guidance (1 or less) the negative prompt does nothing." in capsys.readouterr().err
+    pipe.steps(PROMPT, negative="a fish", guidance=1.1, **SMALL)
+    pipe.steps(PROMPT, guidance=1.0, **SMALL)
+    assert capsys.readouterr().err == ""
 
 
 def test_one_by_one_refuses_what_belongs_to_a_batch(pipe):

@@ -425,7 +425,7 @@ def broken(folder: Path, tmp_path: Path, name: str, content: str | None) -> Path
     [
         ("vocab.json", None, "lacks vocab.json"),
         ("merges.txt", None, "merges.txt is missing"),
-        ("vocab.json", "{", "vocab.json isn't JSON"),
+        ("vocab.json", "{", "vocab.json is not valid JSON"),
         ("vocab.json", "[]", "vocab.json must hold a JSON object"),
         ("vocab.json", "{}", "holds no vocabulary"),
         ("vocab.json", '{"a": "b"}', "no whole number"),

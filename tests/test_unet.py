@@ -409,3 +409,10 @@ def test_what_is_not_implemented_is_refused_by_name(field):
     said = "heads" if field == "attention_head_dim" else field
     with pytest.raises(LDMError, match=said):
         UNetConfig.from_json({**PUBLISHED["runwayml/stable-diffusion-v1-5"], field: REFUSED[field]})
+
+
+@pytest.mark.parametrize("name, said", [("sdxl", "pass pooled, time_ids in extras"), ("x4", "pass class_labels in")])
+def test_a_unet_that_asks_for_more_says_so(name, said):
+    x, context, _ = inputs(name, torch.float64)
+    with pytest.raises(LDMError, match=said):
+        pair(name)[1](x, T, context)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from ldm.io.weights import save_weights, write_json
+from ldm.io.folders import write_json
+from ldm.io.weights import save_weights
 from ldm.models.unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.text.clip import TextConfig, TextEncoder

@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = parser().parse_known_args(argv)
         if unknown:
             args.parser.refuse(unknown)
+        args.argv = list(sys.argv[1:] if argv is None else argv)
         return args.run(args) or DONE
     except SystemExit as leaving:  # argparse: 0 after --help, 2 after a sentence about the command line
         return int(leaving.code or DONE)

@@ -124,13 +124,11 @@ class Drawing:
         return Path(self.args.save_steps, job.path.stem) if self.several else Path(self.args.save_steps)
 
     def check(self, job: Job) -> None:
-        """Refuse at once, before anything is drawn, what the model cannot do; and say which options do nothing."""
+        """Refuse at once, before anything is drawn, what the model cannot do."""
         settings = self.settings(job)
         self.pipe.schedule(settings.steps)
         if settings.eta and settings.sampler != "ddim":
             raise LDMError(f"--eta is an option of the sampler ddim, not of {settings.sampler}: add --sampler ddim.")
-        if settings.guidance <= 1 and self.args.negative:
-            print("Without guidance (1 or less) the negative prompt does nothing.", file=sys.stderr)
 
     def waiting(self, jobs: list[Job]) -> list[Job]:
         """The pictures that are still to be drawn. Raises LDMError if something else stands in their places."""

@@ -4,20 +4,15 @@ import errno
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import LDMError
+from ldm.errors import LDMError, say_on_stderr
 from ldm.io.atomic import atomic_file
 
 MOST_JSON_BYTES = 20_000_000
 AGAIN = "download or copy it again"
-
-
-def say_on_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------- finding files
@@ -113,6 +108,14 @@ def read_json(path: str | Path) -> Any:
     except UnicodeDecodeError as error:
         raise LDMError(f"{path} is not UTF-8 text (byte {error.start}): {AGAIN}, or save it as UTF-8.") from error
     return parse_json(text, str(path))
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """`read_json` of a file that must hold an object."""
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise LDMError(f"{path} must hold a JSON object, not a {type(fields).__name__}: {AGAIN}.")
+    return fields
 
 
 def parse_json(text: str | bytes, what: str) -> Any:

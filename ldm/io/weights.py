@@ -23,19 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.errors import LDMError
 from ldm.io.atomic import atomic_file
-from ldm.io.folders import AGAIN, cannot_read, find_weights, folder_hash, parse_json, read_json, some, write_json
-
-__all__ = [
-    "blank",
-    "find_weights",
-    "folder_hash",
-    "load_weights",
-    "read_header",
-    "read_json",
-    "read_tensors",
-    "save_weights",
-]
-__all__ += ["write_json"]
+from ldm.io.folders import AGAIN, cannot_read, parse_json, some
 
 # In the order of the safetensors library, which lays out the widest numbers first, so that each is aligned.
 DTYPES = {

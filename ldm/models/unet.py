@@ -256,6 +256,10 @@ class UNetEncoder(nn.Module):
     def embed(self, t: Tensor, extras: Extras = Extras()) -> Tensor:
         """Timestep (B,) and extras -> the embedding (B, E) that every ResNet block is given."""
         config, dtype = self.config, self.dtype
+        wanted = ("class_labels",) * (config.num_class_embeds is not None)
+        wanted += ("pooled", "time_ids") * (config.addition_embed_type == "text_time")
+        if missing := [name for name in wanted if getattr(extras, name) is None]:
+            raise LDMError(f"This UNet asks for more than a timestep and a text: pass {', '.join(missing)} in extras.")
 
         def waves(value: Tensor, width: int) -> Tensor:
             return timestep_embedding(value, width, config.flip_sin_to_cos, config.freq_shift).to(dtype)

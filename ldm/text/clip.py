@@ -80,6 +80,8 @@ class TextConfig(TowerConfig):
         named = fields.get("architectures") or ["CLIPTextModel"]
         config = from_json(cls, strip(fields, "text_config"), NEUTRAL, "the text encoder")
         check_activation(config.hidden_act)
+        if not isinstance(config.eos_token_id, int):
+            raise LDMError(f"The text encoder's eos_token_id is {config.eos_token_id!r}: ldm reads a single number.")
         return replace(config, with_projection="WithProjection" in named[0])
 
     def to_json(self) -> dict:

@@ -9,11 +9,11 @@
 The older places count only where tokenizer_config.json has no `added_tokens_decoder`, as in transformers 5.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.errors import LDMError
+from ldm.io.folders import read_fields
 
 END = "</w>"  # end of word: "house</w>" is the word, "house" the beginning of "houses"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -41,9 +41,9 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     """The arguments of `Tokenizer`: vocab, merges, special, added, max_length."""
     if not folder.is_dir():
         raise LDMError(f"There is no tokenizer folder {folder}; check the path.")
-    single = read_json(folder / "tokenizer.json")
+    single = read_if_there(folder / "tokenizer.json")
     if (folder / "vocab.json").exists():
-        vocab, merges = read_json(folder / "vocab.json"), read_merges(folder / "merges.txt")
+        vocab, merges = read_if_there(folder / "vocab.json"), read_merges(folder / "merges.txt")
         source = folder / "vocab.json"
     elif single:
         vocab, merges = unpack_single(folder / "tokenizer.json", single)
@@ -51,7 +51,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     else:
         raise LDMError(f"The tokenizer folder {folder} lacks vocab.json (and tokenizer.json); copy the whole folder.")
     check_vocabulary(source, vocab)
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_if_there(folder / "tokenizer_config.json")
     special, added = special_tokens(folder, config, vocab, single)
     length = config.get("model_max_length") or CLIP_LENGTH
     if not isinstance(length, int | float):
@@ -60,17 +60,9 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     return {"vocab": vocab, "merges": merges, "special": special, "added": added, "max_length": length}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_if_there(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; {} where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise LDMError(f"{path} isn't JSON ({error}); download it again.") from None
-    if not isinstance(content, dict):
-        raise LDMError(f"{path} must hold a JSON object, not a {type(content).__name__}; download it again.")
-    return content
+    return read_fields(path) if path.exists() else {}
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
@@ -153,10 +145,10 @@ def listed_tokens(folder: Path, config: dict, single: dict) -> tuple[list[dict],
         if not isinstance(table, dict) or not all(id.isdecimal() and isinstance(e, dict) for id, e in table.items()):
             raise LDMError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must map ids to objects.")
         return [{**entry, "id": int(id)} for id, entry in table.items()], config
-    older = read_json(folder / "added_tokens.json")
+    older = read_if_there(folder / "added_tokens.json")
     entries = [{"content": token, "id": id, "normalized": True, "special": False} for token, id in older.items()]
     entries += [entry for entry in single.get("added_tokens", []) if isinstance(entry, dict) and "id" in entry]
-    return entries, config | read_json(folder / "special_tokens_map.json")
+    return entries, config | read_if_there(folder / "special_tokens_map.json")
 
 
 def content_of(folder: Path, entry: Any) -> str:
