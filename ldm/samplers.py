@@ -40,17 +40,19 @@ class Step:
     cond: Tensor | None = None
     uncond: Tensor | None = None
     noise_state: object = field(default=None, repr=False)
+    made: tuple | None = field(default=None, repr=False)  # the `x` that the sampler returned, and its version
 
     def __post_init__(self):
-        self._made = (self.x, self.x._version)
+        if self.made is None:  # `dataclasses.replace(step, x=...)` hands it on, and so counts as an edit
+            self.made = (self.x, self.x._version)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_made": self.edited}
+        return self.__dict__ | {"made": self.edited}
 
     def __setstate__(self, state: dict) -> None:
         """A copied or saved step keeps its answer to `edited`; torch's version counters don't survive the journey."""
         self.__dict__.update(state)
-        self._made = (None, 0) if state["_made"] else (self.x, self.x._version)
+        self.made = (None, 0) if state["made"] else (self.x, self.x._version)
 
     @property
     def i(self) -> int:
@@ -59,7 +61,7 @@ class Step:
     @property
     def edited(self) -> bool:
         """Whether `x` is no longer what the sampler returned."""
-        tensor, version = self._made
+        tensor, version = self.made
         return self.x is not tensor or self.x._version != version
 
 

@@ -4,6 +4,7 @@ Also the noise it is given, and the ends of a schedule, alpha = 0 and sigma = 0.
 """
 
 import copy
+import dataclasses
 import io
 import itertools
 from functools import partial
@@ -205,6 +206,16 @@ def test_the_history_that_an_edit_ends_would_have_mattered():
         fresh = SAMPLERS["dpm++"](denoise, steps[k].x_before, SCHEDULE, k, [], Noise([]))
         assert (stale.x - fresh.x).abs().max() > 1e-3
         assert torch.equal(fresh.x, first_order(fresh.x_before, fresh.x0, fresh.level, fresh.next))
+
+
+def test_a_replaced_step_counts_as_edited():
+    steps = list(run("dpm++"))
+    other = dataclasses.replace(steps[2], x=steps[2].x + 0.1)
+    assert other.edited and not dataclasses.replace(steps[2], cond=None).edited
+    forked, live = [*steps[:2], other], copy.deepcopy(steps[:3])
+    live[2].x = steps[2].x + 0.1
+    pairs = zip(run("dpm++", after=forked), run("dpm++", after=live), strict=True)
+    assert all(torch.equal(a.x, b.x) for a, b in pairs)
 
 
 def test_two_edits_leave_the_history_after_the_later_one():

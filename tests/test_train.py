@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -280,3 +281,39 @@ def test_two_processes_train_as_one(run_folder, tmp_path):
     alone, together = (load_file(folder / "checker" / "checker.safetensors") for folder in folders)
     for name, tensor in alone.items():
         assert torch.allclose(tensor, together[name], atol=1e-5), name
+
+
+SHARED_GRADIENT = """
+import torch
+from ldm.train import parallel
+parallel.start("cpu")
+p, unused = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(1))
+rows = torch.arange(12.0).view(4, 3)[parallel.share(4)]
+(rows @ p).mean().backward()
+parallel.average_gradients([p, unused])
+seen = parallel.any_of_us(parallel.rank() == 1), parallel.any_of_us(False)
+print(len(rows), p.grad.tolist(), unused.grad, *seen, parallel.leads())
+try:
+    parallel.share(3)
+except Exception as error:
+    print(error)
+"""
+
+
+def test_gradients_are_averaged_over_processes(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SHARED_GRADIENT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, program], env=group | {"RANK": rank, "LOCAL_RANK": rank}, text=True, stdout=-1
+        )
+        for rank in "01"
+    ]
+    for child, leads in zip(running, (True, False), strict=True):
+        said = child.communicate(timeout=120)[0].splitlines()
+        assert said[0] == f"2 [4.5, 5.5, 6.5] None True False {leads}"  # the mean of all four rows
+        assert said[1] == "A batch of 3 cannot be shared by 2 processes: choose a multiple of 2."

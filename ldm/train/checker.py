@@ -57,7 +57,6 @@ def train(folder: Path, recipe: Recipe = Recipe()) -> None:
     checker = Checker().to(recipe.device, memory_format=torch.channels_last)
     optimizer, ema = Optimizer([checker], recipe.lr), EMA(checker, 0.998)
     run = Run(folder / "checker", {"checker": checker, "optimizer": optimizer, "ema": ema}, recipe)
-    averaged = Checker().requires_grad_(False)
     mine = share(recipe.batch)
     for step in run.steps():
         generator = step_generator(recipe.seed, step)
@@ -70,8 +69,6 @@ def train(folder: Path, recipe: Recipe = Recipe()) -> None:
         if step % 10 == 9:
             run.log(step + 1, loss=value.item())
         if (step + 1) % 500 == 0 or step + 1 == recipe.steps:
-            averaged.load_state_dict({name: p.cpu() for name, p in ema.average.items()})
-            run.log(step + 1, **accuracy(averaged, held))
-    averaged.load_state_dict({name: p.cpu() for name, p in ema.average.items()})
+            run.log(step + 1, **accuracy(ema.of(checker), held))
     if leads():
-        save_weights(averaged.state_dict(), folder / "checker" / "checker.safetensors")
+        save_weights(ema.of(checker).cpu().state_dict(), folder / "checker" / "checker.safetensors")

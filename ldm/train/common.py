@@ -4,6 +4,7 @@ The loops themselves stay in the open, one a file. Everything random in a step i
 was killed and resumed takes the very steps that an unbroken one takes.
 """
 
+import copy
 import json
 import math
 import signal
@@ -121,6 +122,12 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in model.state_dict().items():
             self.average[name].lerp_(p, 1 - decay)
+
+    def of(self, model: nn.Module) -> nn.Module:
+        """A copy of `model` with the averaged weights, to measure and to keep."""
+        averaged = copy.deepcopy(model)
+        averaged.load_state_dict(self.average)
+        return averaged.requires_grad_(False).eval()
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.average

@@ -126,14 +126,6 @@ def load_parts(folder: Path, device: str) -> tuple[Tokenizer, TextEncoder, VAE]:
     return Tokenizer.from_folder(folder / "tokenizer"), text, vae
 
 
-def average_of(ema: EMA, text: TextConfig, device: str) -> torch.nn.ModuleDict:
-    """The two networks with the averaged weights."""
-    with blank():
-        parts = torch.nn.ModuleDict({"unet": UNet(CONFIG), "text": TextEncoder(text)})
-    parts.load_state_dict({name: p.to(device) for name, p in ema.average.items()}, assign=True)
-    return parts.requires_grad_(False).eval()
-
-
 @torch.no_grad()
 def held_out_loss(
     parts: torch.nn.ModuleDict, x0: Tensor, ids: Tensor, bars: Tensor, recipe: Recipe, scheduler: ScheduleConfig
@@ -208,10 +200,10 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
         if step % 10 == 9:
             run.log(step + 1, loss=value.item(), norm=norm)
         if (step + 1) % recipe.sheet_every == 0 or step + 1 == recipe.steps:
-            averaged = average_of(ema, text.config, device)
+            averaged = ema.of(trained)
             run.log(step + 1, held_out_loss=held_out_loss(averaged, held_mean, held_ids, bars, recipe, scheduler))
             run.sheet(step + 1, draw(averaged, vae, held_ids[:32], empty, scheduler), columns=8)
 
-    averaged = average_of(ema, text.config, "cpu")
+    averaged = ema.of(trained).cpu()
     for part, stem in (("unet", "diffusion_pytorch_model"), ("text", "model")):
         write_model(folder / name / part, averaged[part], stem)

@@ -135,12 +135,9 @@ def train(folder: Path, recipe: Recipe = Recipe(), config: VAEConfig = CONFIG) -
         if step % 10 == 9:
             run.log(step + 1, loss=value.item(), norm=norm)
         if (step + 1) % recipe.sheet_every == 0 or step + 1 == recipe.steps:
-            averaged = VAE(config).to(recipe.device).requires_grad_(False)
-            averaged.load_state_dict(ema.average)
-            numbers, y = measure(averaged, held)
+            numbers, y = measure(ema.of(vae), held)
             run.log(step + 1, **numbers)
             run.sheet(step + 1, torch.stack([held.tensor(slice(0, 24)), y[:24].cpu()], 1).flatten(0, 1), columns=8)
-    averaged = VAE(config).requires_grad_(False)
-    averaged.load_state_dict({name: p.cpu() for name, p in ema.average.items()})
+    averaged = ema.of(vae).cpu()
     config = replace(config, scaling_factor=float(f"{latent_scale(averaged, data):.5g}"))
     write_model(folder / "vae", averaged, "diffusion_pytorch_model", config)
