@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.errors import LDMError, nearest, say_on_stderr
+from ldm.errors import LDMError, say_on_stderr
 from ldm.guidance import Network, classifier_free, conditional, denoiser
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.noise import Noise
-from ldm.samplers import SAMPLERS, Sampler, Step, ddim, sample
+from ldm.samplers import Sampler, Step, ddim, find_sampler, sample
 from ldm.schedules import Schedule, ScheduleConfig, make_schedule
 from ldm.text.clip import TextEncoder
 from ldm.text.tokenizer import Tokenizer
@@ -203,7 +203,7 @@ class Pipeline:
 
     def sampler(self, settings: Settings) -> Sampler:
         """The function of the sampler's name, told `eta` if it is DDIM."""
-        chosen, eta = SAMPLERS[settings.sampler], settings.eta
+        chosen, eta = find_sampler(settings.sampler), settings.eta
         if eta and (chosen is not ddim or not 0 < eta <= 1):
             raise LDMError(f"eta, the noise that ddim adds, lies between 0 and 1; {settings.sampler} can't take {eta}.")
         return partial(ddim, eta=eta) if chosen is ddim else chosen
@@ -257,8 +257,7 @@ class Pipeline:
         if not isinstance(guidance, Real) or not math.isfinite(guidance):
             raise LDMError(f"guidance must be a finite number, not {guidance!r}.")
         sampler = sampler or d.sampler or OF_RULE[self.scheduler.rule]
-        if sampler not in SAMPLERS:
-            raise LDMError(f"Unknown sampler {sampler!r}: ldm has {', '.join(SAMPLERS)}.{nearest(sampler, SAMPLERS)}")
+        find_sampler(sampler)
         width = width if width is not None else d.width or self.default_size
         height = height if height is not None else d.height or self.default_size
         factor = self.vae.config.factor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion import Prediction
-from ldm.errors import LDMError
+from ldm.errors import LDMError, nearest
 from ldm.noise import Noise
 from ldm.schedules import Level, Schedule
 
@@ -132,6 +132,13 @@ def lam(level: Level) -> float:
 
 Sampler = Callable[..., Step]
 SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "dpm++": dpmpp_2m}
+
+
+def find_sampler(name: str) -> Sampler:
+    """The sampler of that name. Raises LDMError that names the nearest one."""
+    if name not in SAMPLERS:
+        raise LDMError(f"Unknown sampler {name!r}: ldm has {', '.join(SAMPLERS)}.{nearest(name, SAMPLERS)}")
+    return SAMPLERS[name]
 
 
 @torch.inference_mode(False)  # in inference mode tensors don't count their changes: `Step.edited` would be blind

@@ -70,6 +70,7 @@ MUTANTS = read((TESTS / "mutants.txt").read_text(encoding="utf-8"))
 def plant(mutant: Mutant | None, folder: Path) -> None:
     """Copy the package into `folder`, with the bug."""
     shutil.copytree(ROOT / "ldm", folder / "ldm", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    (folder / "weights").symlink_to(ROOT / "weights")  # where the copy looks for the embedded model
     if mutant is not None:
         path = folder / "ldm" / mutant.file
         path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")

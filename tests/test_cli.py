@@ -769,7 +769,10 @@ def test_train_sentences(cli, stages):
     assert "--init file lacks vae/diff" in cli("train", "all", "--init", "file", status=1).err
     assert "--init file lacks unet/diff" in cli("train", "unet", "--init", "file", status=1).err
     assert "Unknown device 'gpu'" in cli("train", "vae", "--device", "gpu", status=1).err
+    Path("r/vae").mkdir(parents=True)  # begun and not finished
     assert "has no trained vae yet" in cli("train", "export", "--run", "r", status=1).err
+    odd = cli("train", "vae", "--batch", 3, "--processes", 2, status=1).err
+    assert "A batch of 3 cannot be shared by 2 processes: choose a multiple." in odd
     assert "Did you mean 'euler'?" in cli("train", "export", "--sampler", "eulr", status=1).err
 
 
@@ -778,6 +781,7 @@ def test_train_export(cli, monkeypatch):
     monkeypatch.setattr("ldm.train.export.export", lambda *rest: calls.append(rest))
     for stage in ("vae", "clip", "checker", "second"):
         Path("r", stage).mkdir(parents=True)
+        Path("r", stage, "model.safetensors").touch()
     found = cli("train", "export", "--run", "r", "--to", "w/m", "--name", "second", "--steps", 9, "--guidance", 3)
     assert calls == [(Path("r"), Path("w/m"), {"steps": 9, "guidance": 3.0, "sampler": "dpm++"}, "second")]
     assert found.lines == ["w/m"] and Path("w").is_dir()

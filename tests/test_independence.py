@@ -147,8 +147,9 @@ import ldm
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.metrics.checker import Checker
+from ldm.io.folders import write_json
 from ldm.io.weights import save_weights
-from ldm.train import checker, clip, unet, vae
+from ldm.train import clip, unet, vae
 from ldm.train.common import write_model
 from ldm.train.export import export
 from ldm.train.vocabulary import save_vocabulary, train_vocabulary
@@ -161,6 +162,7 @@ for name, tower in (("text", towers.text), ("vision", towers.vision)):
 write_model(Path("run/vae"), VAE(vae.CONFIG), "diffusion_pytorch_model")
 write_model(Path("run/unet/unet"), UNet(unet.CONFIG), "diffusion_pytorch_model")
 write_model(Path("run/unet/text"), towers.text, "model")
+write_json(Path("run/unet/trained-with.json"), {})
 save_weights({"logit_scale": towers.logit_scale.detach()}, Path("run/clip/logit_scale.safetensors"))
 Path("run/checker").mkdir()
 save_weights(Checker().state_dict(), Path("run/checker/checker.safetensors"))

@@ -284,15 +284,77 @@ def test_every_sampler_on_the_embedded_model_equals_diffusers(both_scenes, sampl
     same_pixels(ours[1], theirs[1], most=1)
 
 
-@scenes
-def test_the_embedded_model_equals_diffusers_in_float64(both_scenes):
-    """What looks like agreement in float32 is agreement."""
+@pytest.fixture(scope="session")
+def exact_scenes():
+    """The same in float64: what looks like agreement in float32 is agreement."""
     reference = StableDiffusionPipeline.from_pretrained(SCENES, torch_dtype=torch.float64)
     reference.set_progress_bar_config(disable=True)
+    return reference, ldm.load(SCENES, torch.float64)
+
+
+def scenes_scheduler(sampler, spacing, n, dtype=torch.float64):
+    """diffusers' scheduler of that sampler over the embedded model's own betas."""
     saved = json.loads((SCENES / "scheduler" / "scheduler_config.json").read_text())
-    scheduler = scheduler_of(DDIMScheduler, {k: v for k, v in saved.items() if not k.startswith("_")}, 4)
-    request = {"prompt": WORDS[1], "guidance": 5.0}
-    theirs = run_diffusers(reference, scheduler, 4, request)
-    ours = run_ours(with_scheduler(ldm.load(SCENES, torch.float64), scheduler), 4, request)
+    cls, _, extra = SAMPLERS[sampler]
+    known = cls.__init__.__wrapped__.__code__.co_varnames
+    fields = {k: v for k, v in saved.items() if k in known} | {"timestep_spacing": spacing}
+    return scheduler_of(cls, fields, n, dtype), extra
+
+
+SCENES_REQUESTS = {
+    "guided": {"prompt": WORDS[1], "guidance": 5.0},
+    "negative": {"prompt": WORDS[:2], "negative": ["a fish", ""], "guidance": 4.0, "width": 64, "height": 96},
+    "not guided": {"prompt": WORDS[2], "guidance": 1.0, "width": 64, "height": 64},
+}
+
+
+@scenes
+@pytest.mark.parametrize("what", SCENES_REQUESTS)
+@pytest.mark.parametrize("spacing, n", TABLES)
+@pytest.mark.parametrize("sampler", ["ddim", "ddim eta=0.6", "ddpm", "euler", "dpm++"])
+def test_runs_of_the_embedded_model_equal_diffusers_in_float64(exact_scenes, sampler, spacing, n, what):
+    reference, pipe = exact_scenes
+    scheduler, extra = scenes_scheduler(sampler, spacing, n)
+    theirs = run_diffusers(reference, scheduler, n, SCENES_REQUESTS[what], extra)
+    ours = run_ours(with_scheduler(pipe, scheduler), n, SCENES_REQUESTS[what], extra)
     equal(ours[0], theirs[0], 1e-9)
-    same_pixels(ours[1], theirs[1])
+    assert np.abs(ours[1] - theirs[1]).max() == 0 and theirs[1].std() > 5
+
+
+@scenes
+def test_the_embedded_model_s_float32_error_is_at_most_twice_diffusers_own(both_scenes, exact_scenes):
+    squares = np.zeros(2)
+    for sampler, spacing, n in [("ddim", "leading", 5), ("ddpm", "trailing", 4), ("dpm++", "linspace", 6)]:
+        request = SCENES_REQUESTS["negative"]
+        scheduler, extra = scenes_scheduler(sampler, spacing, n)
+        truth, _ = run_diffusers(exact_scenes[0], scheduler, n, request, extra)
+        scheduler, extra = scenes_scheduler(sampler, spacing, n, torch.float32)
+        theirs, _ = run_diffusers(both_scenes[0], scheduler, n, request, extra)
+        ours, _ = run_ours(with_scheduler(both_scenes[1], scheduler), n, request, extra)
+        for a, b, c in zip(ours, theirs, truth, strict=True):
+            squares += [(x.double() - c).square().mean().item() / c.square().mean().item() for x in (a, b)]
+    ours, theirs = np.sqrt(squares)
+    assert 1e-9 < theirs < 1e-2 and ours <= 2 * theirs, (ours, theirs)
+
+
+@scenes
+@torch.no_grad()
+def test_every_part_of_the_embedded_model_equals_the_reference_s(exact_scenes, both_scenes):
+    """CLIP, UNet, and the VAE both ways, forward: 1e-11 of the largest number in float64, 1e-5 in float32."""
+    for (reference, pipe), tolerance in ((exact_scenes, 1e-11), (both_scenes, 1e-5)):
+        dtype = pipe.dtype
+        ids = pipe.tokenizer(WORDS).ids
+        context = reference.text_encoder(ids).last_hidden_state
+        x, image = normal(1, 3, 4, 16, 12, dtype=dtype), normal(2, 2, 3, 64, 96, dtype=dtype).tanh()
+        t = torch.tensor([981, 3, 440])
+        pairs = {
+            "text encoder": (pipe.text_encoder.context(ids), context),
+            "UNet": (pipe.unet(x, t, context), reference.unet(x, t, encoder_hidden_states=context).sample),
+            "VAE's encoder": (pipe.vae.posterior(image).mean, reference.vae.encode(image).latent_dist.mean),
+            "VAE's decoder": (
+                pipe.vae.decode(x),
+                reference.vae.decode(x / reference.vae.config.scaling_factor).sample,
+            ),
+        }
+        for ours, theirs in pairs.values():
+            assert_close(ours, theirs, tolerance * theirs.abs().max().item())

@@ -1,6 +1,7 @@
 """The procedural world: deterministic, truthful, and split as announced."""
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import ldm
 from ldm import scenes
 from ldm.scenes.captions import GROUND_WORDS, SIZE_WORDS, TIME_WORDS
 from ldm.scenes.world import BOXES, SKY_KINDS, box
@@ -30,10 +32,16 @@ def fingerprint(count: int) -> str:
     return digest.hexdigest()
 
 
-def test_same_seed_same_bytes_in_another_process():
-    code = "from tests.test_scenes import fingerprint; print(fingerprint(12))"
+def test_same_seed_same_bytes_in_another_process(tmp_path):
+    code = "from test_scenes import fingerprint; print(fingerprint(12))"
+    places = os.pathsep.join((str(Path(ldm.__file__).parents[1]), str(Path(__file__).parent)))
     other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": places},
     )
     assert other.stdout.strip() == fingerprint(12)
 

@@ -3,15 +3,18 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from ldm import scenes
@@ -47,6 +50,15 @@ def test_pictures_are_those_of_their_seeds(run_folder):
         assert np.array_equal(data.images[row], picture.image)
         assert np.array_equal(data.masks[row], picture.masks.any(axis=0))
         assert scenes.caption(scene, row * 4 + 2) == data.captions[row][2]
+
+
+def test_pictures_of_another_generator_are_refused(run_folder, tmp_path):
+    shutil.copytree(run_folder / "data", tmp_path / "data")
+    masks = np.load(tmp_path / "data" / "train-0-24" / "masks.npy", mmap_mode="r+")
+    masks[23] = ~masks[23]
+    masks.flush()
+    with pytest.raises(LDMError, match=r"drawn by another version of ldm\.scenes: remove it"):
+        pictures(tmp_path / "data", 24)
 
 
 def test_a_run_stopped_by_ctrl_c_and_resumed_equals_an_unbroken_one(run_folder, tmp_path, monkeypatch):
@@ -159,6 +171,20 @@ def test_orthogonalise_evens_out_the_singular_values():
         assert cosine > 0.85  # towards the nearest orthogonal matrix
 
 
+def test_orthogonalise_equals_the_published_iteration():
+    """Jordan et al. multiply x itself in every step; multiplying the polynomials first is the same product."""
+    torch.manual_seed(0)
+    for shape in ((20, 50), (50, 20), (30, 30)):
+        g = torch.randn(shape, dtype=torch.float64)
+        x = g / g.norm()
+        for _ in range(5):
+            cube = x @ x.T @ x
+            x = 3.4445 * x - 4.7750 * cube + 2.0315 * (x @ x.T @ cube)
+        assert x.norm() > 3 and torch.allclose(orthogonalise(g), x, atol=1e-6)
+        single = orthogonalise(g.float())
+        assert (single - x).norm() / x.norm() < 1e-3
+
+
 def test_muon_moves_against_the_gradient_by_its_rate():
     p = torch.nn.Parameter(torch.randn(16, 24))
     before, g = p.detach().clone(), torch.randn(16, 24)
@@ -237,8 +263,21 @@ def test_the_whole_chain_trains_and_exports_a_model_that_loads(run_folder, tmp_p
     export(folder, tmp_path / "weights", {"steps": 2, "guidance": 2.0, "sampler": "dpm++"}, name="unet-tuned")
     pipe = ldm.load(tmp_path / "weights")
     assert pipe.defaults.steps == 2
+    assert Image.open(tmp_path / "weights" / "samples.jpg").size == (8 * 128, 2 * 128)
     picture = np.asarray(pipe("a red house", seed=1).images[0])
     assert picture.shape == (128, 128, 3) and picture.std() > 1  # untrained, but not a single colour
+
+    def again(target):
+        export(folder, target, {"steps": 2, "guidance": 2.0, "sampler": "dpm++"}, name="unet-tuned")
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all I have")
+    with pytest.raises(LDMError, match="mine holds something else than an exported model"):
+        again(tmp_path / "mine")
+    again(tmp_path / "weights")  # an exported model may be replaced
+    vae.train(folder, vae.Recipe(pictures=24, held_out=32, steps=3, batch=2, crop=32), TINY_VAE)
+    with pytest.raises(LDMError, match="unet-tuned was trained with another vae than"):
+        again(tmp_path / "weights")
 
 
 def test_training_twice_changes_nothing_that_is_finished(run_folder, tmp_path):
@@ -317,3 +356,20 @@ def test_gradients_are_averaged_over_processes(tmp_path):
         said = child.communicate(timeout=120)[0].splitlines()
         assert said[0] == f"2 [4.5, 5.5, 6.5] None True False {leads}"  # the mean of all four rows
         assert said[1] == "A batch of 3 cannot be shared by 2 processes: choose a multiple of 2."
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_several_processes_stop_together_and_save(run_folder, tmp_path, signum):
+    folder = fresh(run_folder, tmp_path)
+    pictures(folder / "data", 32)
+    run = [sys.executable, "-m", "ldm", "train", "checker", "--run", folder, "--processes", "2", "--pictures", "32"]
+    log = folder / "checker" / "log.jsonl"
+    with subprocess.Popen([*run, "--steps", "100000", "--batch", "2"], cwd=tmp_path, stderr=-1, text=True) as parent:
+        for _ in range(1200):
+            if log.exists():
+                break
+            time.sleep(0.1)
+        parent.send_signal(signum)
+        said = parent.communicate(timeout=120)[1]
+    assert parent.returncode == 130 and "Stopped in checker" in said
+    assert torch.load(folder / "checker" / "state.pt", weights_only=True)["step"] >= 10

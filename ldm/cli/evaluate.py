@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from ldm.cli.options import add_model_options, open_model, real, whole
-from ldm.errors import LDMError, nearest
 
 HELP = """Draw a picture for each of many held-out scenes, and have a checker read what it shows.
 
@@ -28,11 +27,10 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ldm.metrics.evaluation import evaluate
-    from ldm.samplers import SAMPLERS
+    from ldm.samplers import find_sampler
 
-    if args.sampler is not None and args.sampler not in SAMPLERS:
-        known = ", ".join(SAMPLERS)
-        raise LDMError(f"Unknown sampler {args.sampler!r}: ldm has {known}.{nearest(args.sampler, SAMPLERS)}")
+    if args.sampler is not None:
+        find_sampler(args.sampler)
     pipe, _ = open_model(args.model, args.dtype, args.device)
     options = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler, "batch": args.batch}
     folder = Path(args.out) if args.out else None

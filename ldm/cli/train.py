@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from ldm.cli.options import SEED, add_device, find_device, one_of, real, whole
-from ldm.errors import LDMError, nearest
+from ldm.errors import LDMError
 
 # In the order in which they build on each other; each is a module of `ldm.train` with a `Recipe` and a `train`.
 STAGES = {
@@ -59,7 +59,7 @@ def add_stage(p: argparse.ArgumentParser, stage: str) -> None:
         type=whole(1),
         default=1,
         metavar="N",
-        help="share every batch among N processes: one for each core, or for each GPU, is fastest (default: 1)",
+        help="share every batch (but CLIP's) among N processes: one for each core, or GPU, is fastest (default: 1)",
     )
     if stage != "all":  # one size or rate for four networks would suit none of them
         p.add_argument("--batch", type=whole(1), metavar="N", help=f"pictures a step {recipe}")
@@ -89,7 +89,8 @@ def add_export(p: argparse.ArgumentParser) -> None:
         "--to",
         default="weights/scenes",
         metavar="DIR",
-        help="the model folder; one that is there is replaced as a whole (default: weights/scenes)",
+        help="the model folder, beside which DIR-extras takes the checker and CLIP; models that are there are "
+        "replaced as a whole (default: weights/scenes)",
     )
     p.add_argument("--name", default="unet", metavar="NAME", help="the UNet's folder in the run (default: unet)")
     p.add_argument("--steps", type=whole(1), default=25, help="steps it is best drawn with (default: 25)")
@@ -110,6 +111,9 @@ def run(args: argparse.Namespace) -> None:
     for name in (name for stage in stages for name in BEGINS_FROM.get(stage, ()) if args.init):
         if not Path(args.init, name).is_file():
             raise LDMError(f"--init {args.init} lacks {name}: name a model folder in diffusers' format.")
+    batch = getattr(args, "batch", None)
+    if batch is not None and batch % args.processes:
+        raise LDMError(f"A batch of {batch} cannot be shared by {args.processes} processes: choose a multiple.")
     if args.processes > 1 and "RANK" not in os.environ:
         return parallel.spawn(args.processes, args.argv)
     device = parallel.start(device)
@@ -137,16 +141,13 @@ def train_stage(stage: str, folder: Path, args: argparse.Namespace, device: str)
 
 
 def run_export(args: argparse.Namespace) -> None:
-    from ldm.samplers import SAMPLERS
+    from ldm.samplers import find_sampler
     from ldm.train.export import export
 
-    if args.sampler not in SAMPLERS:
-        raise LDMError(
-            f"Unknown sampler {args.sampler!r}: ldm has {', '.join(SAMPLERS)}.{nearest(args.sampler, SAMPLERS)}"
-        )
+    find_sampler(args.sampler)
     folder, target = Path(args.folder), Path(args.to)
     for stage in STAGES:
-        if not (folder / (args.name if stage == "unet" else stage)).is_dir():
+        if not list((folder / (args.name if stage == "unet" else stage)).rglob("*.safetensors")):
             raise LDMError(f"{folder} has no trained {stage} yet: `ldm train {stage} --run {folder}`.")
     target.parent.mkdir(parents=True, exist_ok=True)
     export(folder, target, {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}, args.name)

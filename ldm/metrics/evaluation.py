@@ -3,6 +3,8 @@
 The checker (`ldm.metrics.checker`) is a network too, so its own accuracy on true pictures stands in the same table.
 """
 
+import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 from ldm import scenes
 from ldm.errors import LDMError
+from ldm.io.atomic import atomic_file
 from ldm.io.folders import folder_hash, read_json, write_json
 from ldm.io.weights import blank, load_weights
 from ldm.metrics.checker import NOTHING, Checker, answers
@@ -69,7 +72,8 @@ def verdict(scene: scenes.Scene, read: dict[str, object]) -> dict[str, list[bool
     def fit(order: Iterable[str]) -> int:
         return sum(read[f"{side} kind"] == kind for side, kind in zip(order, kinds, strict=True))
 
-    order = max((sides, sides[::-1]), key=fit)
+    orders = (("left", "right"), ("right", "left")) if len(sides) == 2 else (("left",), ("right",))
+    order = max(orders, key=fit)
     for question, name in (("object", "kind"), ("color", "color"), ("size", "size")):
         pairs = zip(order, sides, strict=True)
         found[question] = [read[f"{there} {name}"] == true[f"{asked} {name}"] for there, asked in pairs]
@@ -98,19 +102,35 @@ def load_checker(model: Path) -> Checker:
 
 
 def held_out(count: int) -> list[scenes.Scene]:
-    """`count` scenes, two things in two of five, of which every thing is a combination that no training has seen."""
+    """`count` scenes, two things in two of five, of which every thing is a combination that no training has seen.
+
+    Styles, times and first things take turns: drawn freely, they would be as uneven as the held-out combinations are.
+    """
 
     def unseen(scene: scenes.Scene) -> bool:
         place = (scene.time, scene.ground, scene.style)
         return all(scenes.held_out_combination(thing.kind, thing.color, *place) for thing in scene.things)
 
-    found, seed = [], FIRST_SEED
+    found, seed, turns = [], FIRST_SEED, itertools.cycle(held_out_places())
+    kind, time, style, ground = next(turns)
     while len(found) < count:
-        scene = scenes.sample(seed, "any", n=2 if len(found) % 5 < 2 else 1)
+        two = 2 if len(found) % 5 < 2 else 1
+        scene = scenes.sample(seed, "any", style=style, time=time, ground=ground, kind=kind, n=two)
         seed += 1
         if unseen(scene):
             found.append(scene)
+            kind, time, style, ground = next(turns)
     return found
+
+
+def held_out_places() -> list[tuple[str, str, str, str]]:
+    """(kind, time, style, ground) with some held-out colour, mixed so that any number of the first ones is even."""
+    places, unseen = [], scenes.held_out_combination
+    for turn, kind, time, style in itertools.product(range(4), scenes.KINDS, scenes.TIMES, scenes.STYLES):
+        grounds = [g for g in scenes.GROUNDS if any(unseen(kind, c, time, g, style) for c in scenes.COLORS)]
+        if grounds:  # two of the 128 have none
+            places.append((kind, time, style, grounds[turn % len(grounds)]))
+    return [places[i * 13 % len(places)] for i in range(len(places))]
 
 
 def batches(items: list, size: int, title: str) -> Iterable[list]:
@@ -153,7 +173,7 @@ def evaluate_pictures(
 
     With `folder`, pictures and verdicts are kept there, and what is already there is not drawn again.
     """
-    log = None if folder is None else begin_log(folder, pipe, options)
+    log = None if folder is None else begin_log(folder, pipe, checker, options)
     done = [json.loads(line) for line in log.read_text().splitlines()] if log else []
     verdicts = [row["verdict"] for row in done[: len(wanted)]]
     for part in batches(wanted[len(done) :], batch, "drawing"):
@@ -164,23 +184,31 @@ def evaluate_pictures(
         verdicts += found
         if log is not None:
             for k, image in enumerate(images):
-                image.save(folder / f"{first + k:05d}.png")
+                save_image(image, folder / f"{first + k:05d}.png")
             with open(log, "a") as file:
                 rows = zip(captions, found, strict=True)
                 file.writelines(json.dumps({"caption": caption, "verdict": v}) + "\n" for caption, v in rows)
     return tally(verdicts)
 
 
-def begin_log(folder: Path, pipe: Pipeline, options: dict) -> Path:
+def begin_log(folder: Path, pipe: Pipeline, checker: Checker, options: dict) -> Path:
     """The file of verdicts in `folder`. Raises LDMError where the folder holds another model's or other settings'."""
     folder.mkdir(parents=True, exist_ok=True)
-    this = {"model": folder_hash(pipe.folder), "options": options}
+    judge = hashlib.sha256(b"".join(p.numpy().tobytes() for p in checker.state_dict().values())).hexdigest()[:16]
+    this = {"model": folder_hash(pipe.folder), "dtype": str(pipe.dtype), "checker": judge, "options": options}
     settings, log = folder / "settings.json", folder / "verdicts.jsonl"
     if settings.exists() and read_json(settings) != this:
         raise LDMError(f"{folder} holds pictures of another model or of other settings: name another folder.")
     write_json(settings, this)
-    log.touch()
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    with atomic_file(log, "w") as file:
+        file.writelines(line for line in lines if line.endswith("}\n"))  # a kill may have torn the last one
     return log
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    with atomic_file(path) as file:
+        image.save(file, format="PNG")
 
 
 def sheet(folder: Path, count: int = 100, columns: int = 10) -> Image.Image:
@@ -219,5 +247,5 @@ def evaluate(
     tables = {"true": true, "rebuilt": rebuilt, "drawn": drawn}
     numbers = {name: {q: (s.right, s.asked) for q, s in table.items()} for name, table in tables.items()}
     if folder is not None:
-        sheet(folder).save(folder / "sheet.png")
+        save_image(sheet(folder), folder / "sheet.png")
     return {**numbers, "psnr": vae["psnr"]}

@@ -92,7 +92,7 @@ def box(scene: Scene, index: int) -> tuple[float, float, float, float]:
 
 
 def held_out_combination(kind: str, color: str, time: str, ground: str, style: str) -> bool:
-    """True for a fixed tenth of all (kind, color, time, ground, style).
+    """True for a fixed tenth, about, of all (kind, color, time, ground, style).
 
     The rule: sha256 of "kind|color|time|ground|style" (utf-8), its first eight bytes
     read as a big-endian number; held out if that number is divisible by ten.

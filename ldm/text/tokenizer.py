@@ -15,7 +15,7 @@ equals OpenAI's `simple_tokenizer.py`, with which CLIP was trained. They differ:
 (ftfy), resolves HTML entities (`&amp;`) and knows Greek's final sigma, while transformers composes accents (NFC) and
 leaves those out; the original never cuts a special token out of a run of signs, and knows it in upper case too.
 One thing of transformers' isn't followed: its tables for NFC are those of Unicode 9, so it leaves newer accents in a
-wrong order. Python's tables are used here: of Unicode 14 or newer.
+wrong order. Python's tables are used here: of Unicode 13 (Python 3.10) or newer.
 Shapes: B prompts, L ids for each (77).
 """
 

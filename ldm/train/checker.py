@@ -29,9 +29,9 @@ class Recipe:
 def distort(x: Tensor, generator: torch.Generator) -> Tensor:
     """Blur some pictures and add a little noise: the checker shall read shapes and colours, not a renderer's pixels."""
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    share = torch.rand(len(x), 1, 1, 1, generator=generator)
+    blur = torch.rand(len(x), 1, 1, 1, generator=generator)
     level = 0.1 * torch.rand(len(x), 1, 1, 1, generator=generator)
-    return x.lerp(blurred, share) + level * torch.randn(x.shape, generator=generator)
+    return x.lerp(blurred, blur) + level * torch.randn(x.shape, generator=generator)
 
 
 @torch.no_grad()

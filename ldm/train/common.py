@@ -8,7 +8,6 @@ import copy
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.errors import LDMError
+from ldm.errors import LDMError, say_on_stderr
 from ldm.io.atomic import atomic_file
 from ldm.io.folders import write_json
 from ldm.io.weights import read_tensors, save_weights
@@ -49,11 +48,11 @@ def trapezoid(step: int, steps: int, warmup: int = 100, cooldown: float = 0.3) -
 class Optimizer:
     """Muon for the matrices and AdamW for the rest, at one rate, with the gradient's norm clipped."""
 
-    def __init__(self, models: list[nn.Module], lr: float, weight_decay: float = 0.0, clip: float = 1.0):
+    def __init__(self, models: list[nn.Module], lr: float, clip: float = 1.0):
         groups = [split_parameters(model) for model in models]
         matrices, rest = [p for m, _ in groups for p in m], [p for _, r in groups for p in r]
         self.lr, self.clip, self.parameters, self.skipped = lr, clip, matrices + rest, 0
-        self.muon = Muon(matrices, lr, weight_decay=weight_decay)
+        self.muon = Muon(matrices, lr)
         self.adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.0)
 
     def step(self, loss: Tensor, rate: float) -> float:
@@ -88,8 +87,8 @@ def write_model(folder: Path, model: nn.Module, stem: str, config: object = None
     if not parallel.leads():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", (config or model.config).to_json())
     save_weights(model.state_dict(), folder / f"{stem}.safetensors")
+    write_json(folder / "config.json", (config or model.config).to_json())  # last: it says that the model is there
 
 
 def begin_from(model: nn.Module, file: Path, rename: Callable[[str], str | None] = lambda name: name) -> None:
@@ -104,7 +103,7 @@ def begin_from(model: nn.Module, file: Path, rename: Callable[[str], str | None]
             raise LDMError(f"{file}: {name} {tuple(tensor.shape)} has no place in the {type(model).__name__} to train.")
     model.load_state_dict(found, strict=False)
     left = sorted(set(own) - set(found))
-    print(f"beginning from {file}" + (f", but not {', '.join(left)}" if left else ""))
+    say_on_stderr(f"beginning from {file}" + (f", but not {', '.join(left)}" if left else ""))
 
 
 class EMA:
@@ -184,7 +183,7 @@ class Run:
         for name, value in before.items():
             if name not in ("steps", "device", "sheet_every") and value != self.recipe.get(name) and parallel.leads():
                 what = "has no effect on a run that has begun" if name == "init" else f"was {value!r} until now"
-                print(f"{self.folder}: {name} {self.recipe.get(name)!r} {what}.", file=sys.stderr)
+                say_on_stderr(f"{self.folder}: {name} {self.recipe.get(name)!r} {what}.")
 
     def cut_log(self) -> None:
         """Drop the lines of steps that were taken but not saved before a kill: they will be taken again."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import scenes
+from ldm.errors import LDMError
 from ldm.io.atomic import atomic_folder
 from ldm.train.parallel import leader_first
 
@@ -84,4 +85,8 @@ def pictures(folder: Path, count: int, split: str = "train", first: int = 0) -> 
     images = np.load(folder / "images.npy", mmap_mode="r")
     masks = np.load(folder / "masks.npy", mmap_mode="r")
     captions = json.loads((folder / "captions.json").read_text())
+    for row in (0, count - 1):
+        image, mask, words = _draw((seeds[row], split))
+        if not (np.array_equal(images[row], image) and np.array_equal(masks[row], mask) and captions[row] == words):
+            raise LDMError(f"{folder} was drawn by another version of ldm.scenes: remove it, to have it drawn again.")
     return Pictures(images, masks, captions, [scenes.sample(seed, split) for seed in seeds])

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import torch
+from PIL import Image
 
+from ldm.errors import LDMError
 from ldm.io.atomic import atomic_folder
-from ldm.io.folders import read_json, write_json
+from ldm.io.folders import folder_hash, read_json, write_json
 from ldm.io.weights import read_tensors, save_weights
+from ldm.loading import load
 from ldm.train.unet import SCHEDULER
 
 DIFFUSERS = "0.42.1"  # the version whose format this is
@@ -38,8 +41,20 @@ def copy_part(source: Path, target: Path, stem: str, prefix: str = "", drop: tup
 def export(run: Path, target: Path, defaults: dict, name: str = "unet") -> None:
     """Write `target` (weights/scenes) and `target`-extras from the run's folder. Older folders are replaced as a whole.
 
+    Raises LDMError if something else than an exported model stands there, or if the UNet was trained with another VAE.
+
     A model card (README.md) that stands in the old folder is carried over: it is written by hand, after measuring.
     """
+    extras = target.with_name(target.name + "-extras")
+    for folder, mark in ((target, "model_index.json"), (extras, "checker")):
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).exists():
+            raise LDMError(
+                f"{folder} holds something else than an exported model, and would be replaced: name another."
+            )
+    trained_with = read_json(run / name / "trained-with.json")
+    for part, known in trained_with.items():
+        if folder_hash(run / part) != known:
+            raise LDMError(f"{run / name} was trained with another {part} than {run / part}: train it on, or anew.")
     with atomic_folder(target) as new:
         copy_part(run / "vae", new / "vae", "diffusion_pytorch_model")
         copy_part(run / name / "unet", new / "unet", "diffusion_pytorch_model")
@@ -55,7 +70,7 @@ def export(run: Path, target: Path, defaults: dict, name: str = "unet") -> None:
         write_json(new / "model_index.json", INDEX)
         write_json(new / "ldm.json", defaults)
         keep_card(target, new)
-    extras = target.with_name(target.name + "-extras")
+        draw_samples(new)
     with atomic_folder(extras) as new:
         copy_part(run / "clip" / "text", new / "clip_text", "model")
         copy_part(run / "clip" / "vision", new / "clip_vision", "model")
@@ -63,6 +78,36 @@ def export(run: Path, target: Path, defaults: dict, name: str = "unet") -> None:
         tensors = {key: tensor.clone() for key, tensor, _ in read_tensors(run / "checker" / "checker.safetensors")}
         save_weights(tensors, new / "checker" / "checker.safetensors", torch.float16)
         keep_card(extras, new)
+
+
+SAMPLES = (  # what the picture beside the card shows, with seeds 0 to 15
+    "a large red house on snow at night",
+    "a small boat on the sea at sunset, watercolor",
+    "a yellow balloon above mountains at dawn, pixel art",
+    "a pencil sketch of a green tree on grass by day",
+    "a blue car to the left of an orange tree on sand",
+    "night, snow, a big red house, pixel art",
+    "a large pink flower on grass at dawn with mountains",
+    "a white star over the sea at night",
+    "a black car on sand at sunset",
+    "a purple fish in the sea by day, watercolor",
+    "a small brown house on grass by day with mountains",
+    "an orange boat on the sea at night, pencil sketch",
+    "a red balloon to the right of a green tree on grass",
+    "a large yellow star at sunset on sand, watercolor",
+    "a blue flower on snow by day",
+    "pixel art of a pink fish and a white boat on the sea",
+)
+
+
+def draw_samples(model: Path, columns: int = 8) -> None:
+    """`samples.jpg`: a picture for each of `SAMPLES`, as the exported model draws them."""
+    tiles = load(model)(SAMPLES).images
+    width, height = tiles[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height))
+    for k, tile in enumerate(tiles):
+        sheet.paste(tile, (k % columns * width, k // columns * height))
+    sheet.save(model / "samples.jpg", quality=88)
 
 
 def keep_card(old: Path, new: Path) -> None:

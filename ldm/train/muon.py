@@ -37,8 +37,8 @@ class Muon(torch.optim.Optimizer):
     (That scaling, 0.2 * sqrt(max(M, N)), is from Liu et al. 2025, "Muon is scalable", equation 4.)
     """
 
-    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -47,11 +47,12 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p.grad))
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p.grad)
+                buffer = self.state[p]["momentum"]
                 buffer.lerp_(p.grad, 1 - momentum)
                 g = p.grad.lerp(buffer, momentum).flatten(1)  # (C_out, C_in*k*k)
                 update = orthogonalise(g) * 0.2 * max(g.shape) ** 0.5
-                p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update.view_as(p), alpha=-lr)
 
 

@@ -7,12 +7,14 @@ several GPUs each takes one. A process that is alone does all of this with itsel
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -37,18 +39,26 @@ def spawn(processes: int, command: list[str]) -> None:
     for number in range(processes):
         own = {"RANK": number, "LOCAL_RANK": number} | shared
         environment = os.environ | {name: str(value) for name, value in own.items()}
-        children.append(subprocess.Popen([sys.executable, "-m", "ldm", *command], env=environment))
-    stopped = False
-    while any(child.poll() is None for child in children):
-        try:
+        program = [sys.executable, "-m", "ldm", *command]
+        children.append(subprocess.Popen(program, env=environment, start_new_session=True))  # hears from us alone
+
+    def pass_on(signum, frame):
+        for child in children:
+            child.send_signal(signal.SIGINT)  # the step in hand is finished and saved; a second one stops at once
+
+    old = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while any(child.poll() is None for child in children):
             time.sleep(0.1)
             if any(child.poll() not in (None, 0, STOPPED) for child in children):
-                for child in children:
-                    child.terminate()
-        except KeyboardInterrupt:  # the terminal has sent it to the children too: let them save
-            stopped = True
-    codes = {child.returncode for child in children}
-    if stopped or codes == {STOPPED}:
+                break
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        for child in children:
+            child.terminate()  # those that still run, because another one failed
+    codes = {child.wait() for child in children}
+    if STOPPED in codes and codes <= {0, STOPPED}:
         raise KeyboardInterrupt
     if codes != {0}:
         raise LDMError(f"One of the {processes} processes failed, and what it said is above.")
@@ -59,8 +69,11 @@ def start(device: str) -> str:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if own.startswith("cuda") else "gloo")
+    if own.startswith("cuda"):
+        torch.cuda.set_device(own)
+    if not dist.is_initialized():  # a day: the others wait while the first one draws and encodes the pictures
+        backend = "cpu:gloo,cuda:nccl" if own.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     return own
 
 

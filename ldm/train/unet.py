@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm.diffusion import add_noise, target
 from ldm.guidance import classifier_free, denoiser
-from ldm.io.folders import folder_hash, read_json
+from ldm.io.folders import folder_hash, read_json, write_json
 from ldm.io.weights import blank, load_weights, read_tensors, save_weights
 from ldm.models.unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
@@ -27,7 +27,7 @@ from ldm.text.clip import TextConfig, TextEncoder
 from ldm.text.tokenizer import Tokenizer
 from ldm.train.common import EMA, Optimizer, Run, begin_from, step_generator, trapezoid, write_model
 from ldm.train.data import Pictures, pictures
-from ldm.train.parallel import leader_first, share
+from ldm.train.parallel import leader_first, leads, share
 
 CONFIG = UNetConfig(
     sample_size=16,
@@ -61,6 +61,9 @@ SCHEDULER = {  # Stable Diffusion 1's schedule, as diffusers writes it
     "timestep_spacing": "leading",
     "trained_betas": None,
 }
+
+
+INPUTS = ("vae", "tokenizer")  # of the run's folder: another one of these would mean other latents, other words
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
     torch.manual_seed(recipe.seed)
     unet = UNet(CONFIG).to(device, memory_format=torch.channels_last)
     torch.nn.init.zeros_(unet.conv_out.weight)  # begin by predicting nothing, not by unlearning a guess
-    if recipe.init:
+    if recipe.init and not (folder / name / "state.pt").exists():
         begin_from(unet, Path(recipe.init) / "unet" / "diffusion_pytorch_model.safetensors")
         begin_from(text, Path(recipe.init) / "text_encoder" / "model.safetensors", TextEncoder.rename)
     text.train().requires_grad_(recipe.text == "tuned")
@@ -191,7 +194,8 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
         x0 = mean[rows] + deviation[rows] * torch.randn(mean[rows].shape, generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
         # One t in each of B equal stretches of [0, 1000): as uniform as drawing freely, and the loss jumps less.
-        t = ((torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch * 1000).long()
+        t = (torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch  # [0, 1)
+        t = (t * 1000).long().clamp(max=999)  # float32 may round 31 + 0.9999999 to 32
         x0, eps, t, words = (v[mine].to(device) for v in (x0, eps, t, words))
         context = text.context(words)
         value = loss(unet, x0, context, t, eps, bars, recipe.snr_cap, scheduler.prediction_type)
@@ -205,5 +209,7 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
             run.sheet(step + 1, draw(averaged, vae, held_ids[:32], empty, scheduler), columns=8)
 
     averaged = ema.of(trained).cpu()
+    if leads():  # `export` asks whether the parts still are these
+        write_json(folder / name / "trained-with.json", {part: folder_hash(folder / part) for part in INPUTS})
     for part, stem in (("unet", "diffusion_pytorch_model"), ("text", "model")):
         write_model(folder / name / part, averaged[part], stem)

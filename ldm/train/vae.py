@@ -119,7 +119,7 @@ def train(folder: Path, recipe: Recipe = Recipe(), config: VAEConfig = CONFIG) -
     held = pictures(folder / "data", recipe.held_out, "held-out", first=10_000_000)
     torch.manual_seed(recipe.seed)
     vae = VAE(config).to(recipe.device, memory_format=torch.channels_last)
-    if recipe.init:
+    if recipe.init and not (folder / "vae" / "state.pt").exists():
         begin_from(vae, Path(recipe.init) / "vae" / "diffusion_pytorch_model.safetensors")
     optimizer, ema = Optimizer([vae], recipe.lr), EMA(vae, 0.998)
     run = Run(folder / "vae", {"vae": vae, "optimizer": optimizer, "ema": ema}, recipe)

@@ -73,10 +73,10 @@ def save_vocabulary(folder: str | Path, vocab: dict[str, int], merges: list[Pair
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
     config = {**special, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
     files = {
-        "vocab.json": json.dumps(vocab, ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n",
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
         "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),  # last: it says that the vocabulary is there
     }
     for name, content in files.items():
         with atomic_file(folder / name, "w") as file:
