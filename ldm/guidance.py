@@ -37,23 +37,33 @@ def conditional(unet: UNet, context: Tensor, extras: Extras = Extras()) -> Netwo
     return network
 
 
-def classifier_free(unet: UNet, cond: Tensor, uncond: Tensor, scale: float, together: bool = True) -> Network:
-    """uncond + scale * (cond - uncond), with `cond` and `uncond` contexts (B, L, D) (Ho & Salimans 2022, equation 6).
+Halves = Callable[[Tensor, Level], tuple[Tensor, Tensor]]  # (uncond, cond), each (B, C, h, w)
 
-    `scale` 0 ignores the prompt, 1 is the plain conditional model (the paper's w is scale - 1). A negative prompt
-    stands in the place of the empty one. `together` runs both as one batch, uncond first; apart needs half the memory.
+
+def halves_together(network: Network) -> Halves:
+    """Both halves of guidance in one run, of a network told what the unconditional pictures and then the others are."""
+
+    def halves(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        uncond, cond = network(torch.cat([x, x]), level).out.chunk(2)
+        return uncond, cond
+
+    return halves
+
+
+def halves_apart(uncond: Network, cond: Network) -> Halves:
+    """The halves one after the other: half the memory."""
+    return lambda x, level: (uncond(x, level).out, cond(x, level).out)
+
+
+def classifier_free(halves: Halves, scale: float) -> Network:
+    """uncond + scale * (cond - uncond) (Ho & Salimans 2022, equation 6; the paper's w is scale - 1).
+
+    `scale` 0 ignores the prompt, 1 is the plain conditional model. A negative prompt stands in the empty one's place.
     """
-    if together:
-        both = conditional(unet, torch.cat([uncond, cond]))
-    else:
-        first, second = conditional(unet, uncond), conditional(unet, cond)
 
     def network(x: Tensor, level: Level) -> Output:
-        if together:
-            out_uncond, out_cond = both(torch.cat([x, x]), level).out.chunk(2)
-        else:
-            out_uncond, out_cond = first(x, level).out, second(x, level).out
-        return Output(out_uncond + scale * (out_cond - out_uncond), out_cond, out_uncond)
+        uncond, cond = halves(x, level)
+        return Output(uncond + scale * (cond - uncond), cond, uncond)
 
     return network
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LDMError, say_on_stderr
-from ldm.guidance import Network, classifier_free, conditional, denoiser
+from ldm.guidance import Network, classifier_free, conditional, denoiser, halves_apart, halves_together
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.noise import Noise
@@ -199,7 +199,11 @@ class Pipeline:
                 say_on_stderr("Without guidance (1 or less) the negative prompt does nothing.")
             return conditional(self.unet, cond)
         uncond = self.encode(settings.negative)  # as in diffusers, clip_skip is the prompt's alone
-        return classifier_free(self.unet, cond, uncond, settings.guidance, together)
+        if together:
+            halves = halves_together(conditional(self.unet, torch.cat([uncond, cond])))
+        else:
+            halves = halves_apart(conditional(self.unet, uncond), conditional(self.unet, cond))
+        return classifier_free(halves, settings.guidance)
 
     def sampler(self, settings: Settings) -> Sampler:
         """The function of the sampler's name, told `eta` if it is DDIM."""

@@ -13,7 +13,7 @@ from reference import assert_close, normal, randomise, same
 from test_unet import PUBLISHED as UNETS
 from test_vae import PUBLISHED as VAES
 
-from ldm.guidance import classifier_free, denoiser
+from ldm.guidance import classifier_free, conditional, denoiser, halves_together
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.noise import Noise
@@ -57,7 +57,7 @@ def test_one_guided_step_of_stable_diffusion_equals_diffusers():
 
     unet = same(lambda: UNet(UNetConfig.from_json(UNETS[SD])), reference)
     del reference
-    denoise = denoiser(classifier_free(unet, cond, uncond, SCALE), "epsilon")
+    denoise = denoiser(classifier_free(halves_together(conditional(unet, torch.cat([uncond, cond]))), SCALE), "epsilon")
     schedule = make_schedule(ScheduleConfig.from_json(SCHEDULER), STEPS)
     step = next(sample(denoise, x, schedule, ddim, Noise.from_seeds([0])))
     # Guidance multiplies the rounding of the two predictions, and dividing by alpha (0.07 here) that of x0.

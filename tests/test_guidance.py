@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from reference import assert_close, normal, randomise, same
 
 from ldm.diffusion import PREDICTIONS, add_noise, target
-from ldm.guidance import Output, classifier_free, conditional, denoiser
+from ldm.guidance import Output, classifier_free, conditional, denoiser, halves_apart, halves_together
 from ldm.models.unet import Extras, UNet, UNetConfig
 from ldm.schedules import Level
 
@@ -40,7 +40,11 @@ def test_guidance_equals_diffusers_order_and_formula(scale, together):
     x, cond, uncond = inputs()
     out = reference(torch.cat([x] * 2), LEVEL.t, torch.cat([uncond, cond])).sample
     noise_uncond, noise_text = out.chunk(2)
-    ours = classifier_free(unet, cond, uncond, scale, together)(x, LEVEL)
+    if together:
+        halves = halves_together(conditional(unet, torch.cat([uncond, cond])))
+    else:
+        halves = halves_apart(conditional(unet, uncond), conditional(unet, cond))
+    ours = classifier_free(halves, scale)(x, LEVEL)
     assert_close(ours.out, noise_uncond + scale * (noise_text - noise_uncond), 1e-11)
     assert_close(ours.cond, noise_text, 1e-11)
     assert_close(ours.uncond, noise_uncond, 1e-11)

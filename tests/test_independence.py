@@ -90,6 +90,7 @@ assert main(["evaluate", "--count", "2", "--steps", "2", "--out", "seen"]) == 0
 """
 
 LEARN = """
+from pathlib import Path
 import torch
 from ldm import scenes
 from ldm.models.unet import UNet, UNetConfig
@@ -128,6 +129,9 @@ learn(model, unet.loss(model, torch.randn(2, 4, 4, 4), towers.text.context(ids).
 
 model = checker.Checker()
 learn(model, sum(logits.square().mean() for logits in model(torch.randn(2, 3, 128, 128))))
+
+checker.train(Path("run"), checker.Recipe(pictures=32, held_out=32, steps=1))  # and one loop as a whole
+assert Path("run/checker/checker.safetensors").stat().st_size > 1_000_000
 """
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.diffusion import add_noise, target
-from ldm.guidance import classifier_free, denoiser
+from ldm.guidance import classifier_free, conditional, denoiser, halves_together
 from ldm.io.folders import folder_hash, read_json, write_json
 from ldm.io.weights import blank, load_weights, read_tensors, save_weights
 from ldm.models.unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
@@ -152,8 +152,9 @@ def draw(parts: torch.nn.ModuleDict, vae: VAE, ids: Tensor, empty: Tensor, sched
     device = vae.encoder.conv_in.weight.device
     schedule = make_schedule(scheduler, 20)
     noise = Noise.from_seeds(range(len(ids)))
-    cond, uncond = (parts["text"].context(words.to(device)) for words in (ids, empty.expand(len(ids), -1)))
-    denoise = denoiser(classifier_free(parts["unet"], cond, uncond, scale=4.0), schedule.prediction)
+    context = parts["text"].context(torch.cat([empty.expand(len(ids), -1), ids]).to(device))
+    halves = halves_together(conditional(parts["unet"], context))
+    denoise = denoiser(classifier_free(halves, scale=4.0), schedule.prediction)
     x = noise.draw(vae.latent_shape(128, 128)).to(device) * schedule.start_scale
     *_, last = sample(denoise, x, schedule, dpmpp_2m, noise)
     return vae.decode(last.x)
