@@ -1,5 +1,6 @@
 """The evaluation counts what it says it counts."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from ldm import scenes
 from ldm.errors import LDMError
+from ldm.io.folders import read_json
 from ldm.metrics import checker
 from ldm.metrics.evaluation import QUESTIONS, Share, evaluate, evaluate_vae, held_out, load_checker, tally, verdict
 from ldm.train.data import to_tensor
@@ -113,6 +115,11 @@ def test_a_stopped_evaluation_goes_on_and_others_are_refused(tmp_path):
     assert whole["drawn"]["time"][1] == 3 and "left/right" in said[0]
     with pytest.raises(LDMError, match="of other settings"):
         evaluate(pipe, 3, tmp_path / "whole", said.append, steps=2)
+    settings = tmp_path / "whole" / "settings.json"
+    for name in ("model", "checker"):  # other weights, and another judge
+        settings.write_text(json.dumps(read_json(tmp_path / "broken" / "settings.json") | {name: "0" * 16}))
+        with pytest.raises(LDMError, match="of another model or of other settings"):
+            evaluate(pipe, 3, tmp_path / "whole", said.append, **options)
 
 
 def test_the_vae_is_measured_as_in_training():
