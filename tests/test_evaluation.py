@@ -34,6 +34,14 @@ def test_the_truth_is_all_right():
     assert verdict(TWO, checker.answers(TWO))["object"] == [True, True]
 
 
+def test_left_goes_by_place_and_not_by_the_order_of_naming():
+    right_first = replace(TWO, things=TWO.things[::-1])
+    assert checker.answers(right_first) == checker.answers(TWO)
+    assert (
+        checker.answers(right_first)["left kind"] == "house" and checker.answers(right_first)["right color"] == "blue"
+    )
+
+
 def test_exchanged_objects_are_wrong_in_left_right_alone():
     swapped = scene(("tree", "blue", "small", 30.0, 80.0), ("house", "red", "large", 90.0, 80.0))
     found = verdict(TWO, checker.answers(swapped))
