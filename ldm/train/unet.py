@@ -3,8 +3,10 @@
     t ~ uniform;  x = alpha_t x0 + sigma_t eps;  loss = w(t) |unet(x, t, text) - eps|^2    (Ho et al. 2020, equation 14)
 
 One caption in ten is replaced by the empty one, so that the same network also learns the unconditional prediction that
-guidance needs (Ho & Salimans 2022, algorithm 1). w(t) = min(SNR, 5) / SNR keeps the nearly clean levels, of which there
-are many and which say little, from taking all the gradient (Hang et al. 2023, equation 8).
+guidance needs (Ho & Salimans 2022, algorithm 1). w(t) = clamp(SNR, 1, 5) / SNR, which weighs the error of x0 by the
+clamp: at most 5, or the nearly clean levels, of which there are many and which say little, would take all the gradient
+(Hang et al. 2023, equation 8); at least 1, or the noisiest levels, where it is decided what stands on the left, would
+teach next to nothing (the truncated SNR of Salimans & Ho 2022, section 4).
 """
 
 from dataclasses import dataclass
@@ -75,7 +77,7 @@ class Recipe:
     lr: float = 2e-3
     text: str = "tuned"  # or "frozen": whether the text encoder goes on learning with the UNet
     caption_dropout: float = 0.1
-    snr_cap: float = 5.0
+    snr_range: tuple[float, float] = (1.0, 5.0)  # the weight of x0's error: the SNR, clamped to this
     ema: float = 0.999
     seed: int = 0
     init: str = ""  # a model folder to begin from, otherwise at random
@@ -103,7 +105,14 @@ def encode_pictures(vae: VAE, data: Pictures, folder: Path, name: str, device: s
 
 
 def loss(
-    unet: UNet, x0: Tensor, context: Tensor, t: Tensor, eps: Tensor, bars: Tensor, snr_cap: float, prediction: str
+    unet: UNet,
+    x0: Tensor,
+    context: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    bars: Tensor,
+    snr_range: tuple[float, float],
+    prediction: str,
 ) -> Tensor:
     """`x0`, `eps` (B, 4, h, w), `context` (B, 77, D), `t` (B,) whole timesteps, `bars` (1000,) alpha^2 at each."""
     bar = bars[t].view(-1, 1, 1, 1)
@@ -111,7 +120,7 @@ def loss(
     out = unet(add_noise(x0, eps, alpha, sigma), t, context)
     error = (out - target(x0, eps, alpha, sigma, prediction)).square().mean(dim=(1, 2, 3))  # (B,)
     snr = bars[t] / (1 - bars[t])
-    return (error * snr.clamp(max=snr_cap) / snr).mean()
+    return (error * snr.clamp(*snr_range) / snr).mean()
 
 
 def load_parts(folder: Path, device: str) -> tuple[Tokenizer, TextEncoder, VAE]:
@@ -142,7 +151,7 @@ def held_out_loss(
         context = parts["text"].context(ids[rows].to(device))
         z, times, noise = (v[rows].to(device) for v in (x0, t, eps))
         prediction = scheduler.prediction_type
-        total += loss(parts["unet"], z, context, times, noise, bars, recipe.snr_cap, prediction).item() * len(rows)
+        total += loss(parts["unet"], z, context, times, noise, bars, recipe.snr_range, prediction).item() * len(rows)
     return total / n
 
 
@@ -199,7 +208,7 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
         t = (t * 1000).long().clamp(max=999)  # float32 may round 31 + 0.9999999 to 32
         x0, eps, t, words = (v[mine].to(device) for v in (x0, eps, t, words))
         context = text.context(words)
-        value = loss(unet, x0, context, t, eps, bars, recipe.snr_cap, scheduler.prediction_type)
+        value = loss(unet, x0, context, t, eps, bars, recipe.snr_range, scheduler.prediction_type)
         norm = optimizer.step(value, trapezoid(step, recipe.steps))
         ema.update(trained, step)
         if step % 10 == 9:
