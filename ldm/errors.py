@@ -4,6 +4,8 @@ import difflib
 import sys
 from collections.abc import Iterable
 
+STOPPED = 130  # what a command returns that Ctrl-C ended
+
 
 class LDMError(Exception):
     """A mistake a user can mend: one sentence that says what, where and what to do."""

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from ldm import __version__
 from ldm.cli import evaluate, generate, rerun, train
 from ldm.cli.options import Parser
-from ldm.errors import LDMError
+from ldm.errors import STOPPED, LDMError
 
 COMMANDS = (generate, rerun, evaluate, train)  # in the order of `ldm --help`
 
-DONE, FAILED, STOPPED = 0, 1, 130  # 2 is argparse's own
+DONE, FAILED = 0, 1  # 2 is argparse's own
 TRACEBACK = "LDM_TRACEBACK"  # an environment variable: set, an error is shown where it happened
 
 

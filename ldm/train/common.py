@@ -103,7 +103,8 @@ def begin_from(model: nn.Module, file: Path, rename: Callable[[str], str | None]
             raise LDMError(f"{file}: {name} {tuple(tensor.shape)} has no place in the {type(model).__name__} to train.")
     model.load_state_dict(found, strict=False)
     left = sorted(set(own) - set(found))
-    say_on_stderr(f"beginning from {file}" + (f", but not {', '.join(left)}" if left else ""))
+    if parallel.leads():
+        say_on_stderr(f"beginning from {file}" + (f", but not {', '.join(left)}" if left else ""))
 
 
 class EMA:

@@ -20,9 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ldm.errors import LDMError
-
-STOPPED = 130  # what a command returns that Ctrl-C ended
+from ldm.errors import STOPPED, LDMError
 
 
 def spawn(processes: int, command: list[str]) -> None:
