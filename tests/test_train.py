@@ -22,11 +22,9 @@ from safetensors.torch import load_file
 from ldm import scenes
 from ldm.errors import LDMError
 from ldm.models.vae import VAE, VAEConfig
-from ldm.text.tokenizer import Tokenizer
 from ldm.train import checker, clip, common, unet, vae
 from ldm.train.data import pictures
 from ldm.train.muon import Muon, orthogonalise, split_parameters
-from ldm.train.vocabulary import save_vocabulary, train_vocabulary
 
 TINY_VAE = VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=2, sample_size=128)
 
@@ -235,25 +233,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     with pytest.raises(LDMError, match="not been a finite number for 20 steps"):
         for _ in range(19):
             optimizer.step((model(torch.ones(1, 2)) * math.inf).sum(), 1.0)
-
-
-def test_contrary_captions_are_captions_made_false(tmp_path):
-    """Left for right, then one thing's colour for the other's; what holds neither stays out, and so does one colour."""
-    words = [
-        "a red house to the left of a blue tree",
-        "a pink car",
-        "a red star and a red fish, at night",
-        "snow, a white boat on the left and a black car on the right",
-    ]
-    save_vocabulary(tmp_path, *train_vocabulary(words * 9, 640))
-    tokenizer = Tokenizer.from_folder(tmp_path)
-    found = clip.contrary(tokenizer(words).ids, tokenizer)
-    assert [tokenizer.decode(row.tolist(), skip_special=True) for row in found] == [
-        "a red house to the right of a blue tree",
-        "snow , a white boat on the right and a black car on the left",
-        "a blue house to the left of a red tree",
-        "snow , a black boat on the left and a white car on the right",
-    ]
 
 
 def test_unet_loss_is_the_weighted_noise_error():

@@ -289,14 +289,13 @@ class ImageEncoder(nn.Module):
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Vectors (B, J) and (B + N, J): each picture must pick its caption, and each of the first B captions its picture.
+    """Both vectors (B, J): each picture must pick its caption out of the batch, and each caption its picture.
 
-    Radford et al. 2021, figure 3. `scale` is the inverse temperature, of which the logarithm is learned. The N captions
-    behind the pictures' own fit none of them (Yuksekgonul et al. 2023, section 4).
+    Radford et al. 2021, figure 3. `scale` is the inverse temperature, of which the logarithm is learned.
     """
-    logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T  # (B, B + N)
+    logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T  # (B, B)
     labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits[:, : len(logits)].T, labels)) / 2
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def similarity(image: Tensor, text: Tensor) -> Tensor:

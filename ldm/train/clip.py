@@ -1,10 +1,6 @@
 """Train a small CLIP on scenes and captions: both towers from nothing, contrastively (Radford et al. 2021).
 
 The text tower becomes the text encoder of the diffusion model; the image tower scores pictures against sentences.
-
-Among a hundred other captions the words alone, in any order, find the right one, and so order is never learned
-(Yuksekgonul et al. 2023, "When and why vision-language models behave like bags-of-words"). So the pictures also have to
-tell their captions from the same ones with two words exchanged: left and right, or two colours (`contrary`).
 """
 
 import math
@@ -16,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.io.weights import save_weights
-from ldm.scenes import COLORS
 from ldm.text.clip import INITIAL_SCALE, ImageEncoder, TextConfig, TextEncoder, VisionConfig, contrastive_loss
 from ldm.text.tokenizer import Tokenizer
 from ldm.train.common import Optimizer, Run, step_generator, trapezoid, write_model
@@ -76,7 +71,7 @@ class CLIP(nn.Module):
         initialise(self)
 
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
-        """The contrastive loss of pictures (B, 3, 128, 128) in [-1, 1] and their captions' ids (B + N, L)."""
+        """The contrastive loss of pictures (B, 3, 128, 128) in [-1, 1] and their captions' ids (B, L)."""
         scale = self.logit_scale.clamp(max=math.log(100)).exp()  # Radford et al. 2021, section 2.5
         return contrastive_loss(self.vision(shrink(images)), self.text(ids).pooled, scale)
 
@@ -91,20 +86,6 @@ def initialise(model: nn.Module) -> None:
 def shrink(images: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] -> what the image tower looks at: (B, 3, 64, 64), each pixel an average."""
     return F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="area")
-
-
-def contrary(ids: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Captions (B, L) made false by exchanging left and right, then by exchanging two colours: (N, L), N <= 2B."""
-    left, right = (tokenizer.vocab.get(f"{word}</w>", -1) for word in ("left", "right"))
-    mirrored = torch.where(ids == left, right, torch.where(ids == right, left, ids))
-
-    colors = torch.tensor([tokenizer.vocab.get(f"{color}</w>", -1) for color in COLORS])
-    found = torch.isin(ids, colors)
-    two = found.sum(dim=1) == 2
-    repainted = ids.clone()
-    repainted[two[:, None] & found] = ids[two][found[two]].view(-1, 2).flip(1).flatten()
-    both = torch.cat([mirrored, repainted])
-    return both[(both != torch.cat([ids, ids])).any(dim=1)]
 
 
 def make_tokenizer(folder: Path, data: Pictures, size: int) -> Tokenizer:
@@ -143,8 +124,7 @@ def train(folder: Path, recipe: Recipe = Recipe()) -> None:
         batch = ids[rows, wording]
         # The mask is causal, so nothing behind the last end-of-text can change the pooled vectors: leave it out.
         longest = int((batch == tokenizer.eos_id).int().argmax(dim=1).max()) + 1
-        batch = torch.cat([batch, contrary(batch, tokenizer)])[:, :longest]
-        value = clip(data.tensor(rows.numpy()).to(recipe.device), batch.to(recipe.device))
+        value = clip(data.tensor(rows.numpy()).to(recipe.device), batch[:, :longest].to(recipe.device))
         optimizer.step(value, trapezoid(step, recipe.steps))
         if step % 10 == 9:
             run.log(step + 1, loss=value.item(), scale=clip.logit_scale.exp().item())
