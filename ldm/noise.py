@@ -27,7 +27,7 @@ class Noise:
 
         Drawn picture by picture and in float32 whatever the model's dtype: another shape or dtype is another stream.
         """
-        return torch.cat([torch.randn((1, *shape), generator=g) for g in self.generators])
+        return torch.cat([torch.randn((1, *shape), generator=g, dtype=torch.float32) for g in self.generators])
 
     def __call__(self, like: Tensor) -> Tensor:
         """Fresh noise of the shape, dtype and device of `like` (B, C, h, w)."""

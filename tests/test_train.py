@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from ldm import scenes
 from ldm.errors import LDMError
+from ldm.metrics.checker import NOTHING, QUESTIONS
 from ldm.models.vae import VAE, VAEConfig
 from ldm.train import checker, clip, common, unet, vae
 from ldm.train.data import pictures
@@ -233,6 +234,33 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     with pytest.raises(LDMError, match="not been a finite number for 20 steps"):
         for _ in range(19):
             optimizer.step((model(torch.ones(1, 2)) * math.inf).sum(), 1.0)
+
+
+def test_the_reader_asks_only_what_a_caption_tells(run_folder):
+    """Right answers by hand; a caption that doesn't say who stands where counts neither as a loss nor as a mistake."""
+    data = pictures(run_folder / "data", 24)
+    reader = clip.Reader()
+    right, given = reader.answers(data)
+    for k, (scene, captions) in enumerate(zip(data.scenes, data.captions, strict=True)):
+        left, *others = sorted(scene.things, key=lambda thing: thing.x)
+        words = [left.kind, left.color, *([others[0].kind, others[0].color] if others else [NOTHING] * 2)]
+        assert [QUESTIONS[q][a] for q, a in zip(reader.ASKED, right[k].tolist(), strict=True)] == words
+        told = [not others or " left" in caption or " right" in caption for caption in captions]
+        assert given[k].tolist() == told
+    assert 0 < (~given).sum() < given.sum()
+
+    text = torch.randn(3, 128)
+    answers, told = right[:3], torch.tensor([True, False, True])
+    each = [
+        torch.stack([-head(text).log_softmax(dim=1)[b, answers[b, k]] for k, head in enumerate(reader.heads)]).mean()
+        for b in range(3)
+    ]
+    assert reader.loss(text, answers, told).item() == pytest.approx(((each[0] + each[2]) / 2).item(), rel=1e-5)
+    assert reader.loss(text, answers, torch.zeros(3, dtype=torch.bool)).item() == 0
+    picks = torch.stack([head(text).argmax(dim=1) for head in reader.heads], dim=1)
+    picks[1] = -1  # wrong, but not asked
+    picks[2, 0] = -1
+    assert reader.accuracy(text, picks, told) == pytest.approx(7 / 8)
 
 
 def test_unet_loss_is_the_weighted_noise_error():

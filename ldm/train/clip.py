@@ -1,6 +1,10 @@
 """Train a small CLIP on scenes and captions: both towers from nothing, contrastively (Radford et al. 2021).
 
 The text tower becomes the text encoder of the diffusion model; the image tower scores pictures against sentences.
+
+Among a hundred other captions the words alone, in any order, find the right one, so from contrast alone a text tower
+does not learn what their order says (Yuksekgonul et al. 2023: models "behave like bags-of-words"). So it is also asked
+what stands on the left and what on the right (`Reader`).
 """
 
 import math
@@ -12,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.io.weights import save_weights
+from ldm.metrics.checker import QUESTIONS, labels
 from ldm.text.clip import INITIAL_SCALE, ImageEncoder, TextConfig, TextEncoder, VisionConfig, contrastive_loss
 from ldm.text.tokenizer import Tokenizer
 from ldm.train.common import Optimizer, Run, step_generator, trapezoid, write_model
@@ -70,10 +75,41 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_SCALE))
         initialise(self)
 
-    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
-        """The contrastive loss of pictures (B, 3, 128, 128) in [-1, 1] and their captions' ids (B, L)."""
+    def loss(self, image: Tensor, text: Tensor) -> Tensor:
+        """The contrastive loss of the towers' vectors (B, J)."""
         scale = self.logit_scale.clamp(max=math.log(100)).exp()  # Radford et al. 2021, section 2.5
-        return contrastive_loss(self.vision(shrink(images)), self.text(ids).pooled, scale)
+        return contrastive_loss(image, text, scale)
+
+
+class Reader(nn.Module):
+    """From a caption's pooled vector (B, J): what stands on the left, what on the right, and in which colours."""
+
+    ASKED = ("left kind", "left color", "right kind", "right color")
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(JOINT, len(QUESTIONS[question])) for question in self.ASKED)
+
+    def answers(self, data: Pictures) -> tuple[Tensor, Tensor]:
+        """Of every picture: the right answers (N, 4), and which of its captions give them (N, 4)."""
+        places = [list(QUESTIONS).index(question) for question in self.ASKED]
+        right = torch.tensor([[labels(scene)[place] for place in places] for scene in data.scenes])
+        given = [
+            [len(scene.things) == 1 or "left" in words or "right" in words for words in captions]
+            for scene, captions in zip(data.scenes, data.captions, strict=True)
+        ]
+        return right, torch.tensor(given)
+
+    def loss(self, text: Tensor, right: Tensor, given: Tensor) -> Tensor:
+        """Mean cross-entropy of the answers `right` (B, 4) to the captions that were `given` them (B,)."""
+        losses = [F.cross_entropy(head(text), right[:, k], reduction="none") for k, head in enumerate(self.heads)]
+        return (torch.stack(losses).mean(dim=0) * given).sum() / given.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def accuracy(self, text: Tensor, right: Tensor, given: Tensor) -> float:
+        """The share of answers that are right, of those that were given."""
+        picks = torch.stack([head(text).argmax(dim=1) for head in self.heads], dim=1)  # (B, 4)
+        return (picks == right)[given].float().mean().item()
 
 
 def initialise(model: nn.Module) -> None:
@@ -97,13 +133,16 @@ def make_tokenizer(folder: Path, data: Pictures, size: int) -> Tokenizer:
 
 
 @torch.no_grad()
-def recall(clip: CLIP, held: Pictures, ids: Tensor, count: int = 256) -> float:
-    """How often a held-out picture finds its own caption among `count`."""
+def held_out(clip: CLIP, reader: Reader, held: Pictures, ids: Tensor, count: int = 256) -> dict[str, float]:
+    """`recall`: how often a held-out picture finds its own caption among `count`; `read`: the reader's accuracy."""
     device = clip.logit_scale.device
     images = clip.vision(shrink(held.tensor(slice(0, count)).to(device)))
     text = clip.text(ids[:count].to(device)).pooled
     best = (F.normalize(images, dim=-1) @ F.normalize(text, dim=-1).T).argmax(dim=1)
-    return (best.cpu() == torch.arange(len(best))).float().mean().item()
+    recall = (best.cpu() == torch.arange(len(best))).float().mean().item()
+    right, given = reader.answers(held)
+    read = reader.accuracy(text, right[: len(text)].to(device), given[: len(text), 0].to(device))
+    return {"recall": recall, "read": read}
 
 
 def train(folder: Path, recipe: Recipe = Recipe()) -> None:
@@ -114,9 +153,10 @@ def train(folder: Path, recipe: Recipe = Recipe()) -> None:
     ids = torch.stack([tokenizer(words).ids for words in data.captions])  # (N, 4, 77)
     held_ids = tokenizer([words[0] for words in held.captions]).ids
     torch.manual_seed(recipe.seed)
-    clip = CLIP(text_config(tokenizer), VISION).to(recipe.device)
-    optimizer = Optimizer([clip], recipe.lr)
-    run = Run(folder / "clip", {"clip": clip, "optimizer": optimizer}, recipe)
+    clip, reader = CLIP(text_config(tokenizer), VISION).to(recipe.device), Reader().to(recipe.device)
+    right, given = reader.answers(data)
+    optimizer = Optimizer([clip, reader], recipe.lr)
+    run = Run(folder / "clip", {"clip": clip, "reader": reader, "optimizer": optimizer}, recipe)
     for step in run.steps():  # not shared among processes: every picture is compared with all captions of the batch
         generator = step_generator(recipe.seed, step)
         rows = torch.randint(len(data), (recipe.batch,), generator=generator)
@@ -124,12 +164,15 @@ def train(folder: Path, recipe: Recipe = Recipe()) -> None:
         batch = ids[rows, wording]
         # The mask is causal, so nothing behind the last end-of-text can change the pooled vectors: leave it out.
         longest = int((batch == tokenizer.eos_id).int().argmax(dim=1).max()) + 1
-        value = clip(data.tensor(rows.numpy()).to(recipe.device), batch[:, :longest].to(recipe.device))
+        image = clip.vision(shrink(data.tensor(rows.numpy()).to(recipe.device)))
+        text = clip.text(batch[:, :longest].to(recipe.device)).pooled
+        reading = reader.loss(text, *(v.to(recipe.device) for v in (right[rows], given[rows, wording])))
+        value = clip.loss(image, text) + reading
         optimizer.step(value, trapezoid(step, recipe.steps))
         if step % 10 == 9:
-            run.log(step + 1, loss=value.item(), scale=clip.logit_scale.exp().item())
+            run.log(step + 1, loss=value.item(), reading=reading.item(), scale=clip.logit_scale.exp().item())
         if (step + 1) % 150 == 0 or step + 1 == recipe.steps:
-            run.log(step + 1, recall=recall(clip, held, held_ids))
+            run.log(step + 1, **held_out(clip, reader, held, held_ids))
     for name, tower in (("text", clip.text), ("vision", clip.vision)):
         write_model(folder / "clip" / name, tower, "model")
     if leads():
