@@ -78,7 +78,7 @@ class Recipe:
     text: str = "tuned"  # or "frozen": whether the text encoder goes on learning with the UNet
     caption_dropout: float = 0.1
     snr_range: tuple[float, float] = (1.0, 5.0)  # the weight of x0's error: the SNR, clamped to this
-    ema: float = 0.999
+    ema: float = 0.995  # short: the falling rate averages by itself, and a long memory lags behind what is learnt late
     seed: int = 0
     init: str = ""  # a model folder to begin from, otherwise at random
     sheet_every: int = 1000
