@@ -116,7 +116,8 @@ small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 joint = {**small, "projection_dim": 8}
 towers = clip.CLIP(TextConfig(**joint, vocab_size=530, with_projection=True, eos_token_id=529),
                    VisionConfig(**joint, image_size=64, patch_size=16))
-learn(towers, towers(torch.rand(2, 3, 128, 128), ids))
+images = towers.vision(clip.shrink(torch.rand(2, 3, 128, 128)))
+learn(towers, towers.loss(images, towers.text(ids).pooled))
 
 model = VAE(VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4))
 learn(model, vae.loss(model, x, torch.ones(2, 1, 32, 32), torch.randn(2, 4, 4, 4), 1e-6))
@@ -125,7 +126,7 @@ fields = {"block_out_channels": [8], "down_block_types": ["CrossAttnDownBlock2D"
           "up_block_types": ["CrossAttnUpBlock2D"], "norm_num_groups": 4, "cross_attention_dim": 16}
 model, bars = UNet(UNetConfig.from_json(fields)), alpha_bars(ScheduleConfig())
 learn(model, unet.loss(model, torch.randn(2, 4, 4, 4), towers.text.context(ids).detach(), torch.tensor([3, 900]),
-                       torch.randn(2, 4, 4, 4), bars, 5.0, "epsilon"))
+                       torch.randn(2, 4, 4, 4), bars, (1.0, 5.0), "epsilon"))
 
 model = checker.Checker()
 learn(model, sum(logits.square().mean() for logits in model(torch.randn(2, 3, 128, 128))))

@@ -173,6 +173,12 @@ class Run:
         self.step, self.seconds = 0, 0.0
         if (self.folder / "state.pt").exists():
             state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+            lacking = sorted(set(parts) - set(state))
+            if lacking:
+                raise LDMError(
+                    f"{self.folder / 'state.pt'} was begun by another version of ldm and lacks {', '.join(lacking)}: "
+                    "remove that folder, or choose another --run."
+                )
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.step, self.seconds = state["step"], state["seconds"]
@@ -184,7 +190,8 @@ class Run:
         for name, value in before.items():
             if name not in ("steps", "device", "sheet_every") and value != self.recipe.get(name) and parallel.leads():
                 what = "has no effect on a run that has begun" if name == "init" else f"was {value!r} until now"
-                say_on_stderr(f"{self.folder}: {name} {self.recipe.get(name)!r} {what}.")
+                now = f"{name} {self.recipe[name]!r}" if name in self.recipe else f"{name}, which is no more,"
+                say_on_stderr(f"{self.folder}: {now} {what}.")
 
     def cut_log(self) -> None:
         """Drop the lines of steps that were taken but not saved before a kill: they will be taken again."""

@@ -6,7 +6,7 @@ One caption in ten is replaced by the empty one, so that the same network also l
 guidance needs (Ho & Salimans 2022, algorithm 1). w(t) = clamp(SNR, 1, 5) / SNR, which weighs the error of x0 by the
 clamp: at most 5, or the nearly clean levels, of which there are many and which say little, would take all the gradient
 (Hang et al. 2023, equation 8); at least 1, or the noisiest levels, where it is decided what stands on the left, would
-teach next to nothing (the truncated SNR of Salimans & Ho 2022, section 4).
+hardly count: the last one's SNR is 0.005 (the truncated SNR of Salimans & Ho 2022, section 4).
 """
 
 from dataclasses import dataclass
@@ -114,7 +114,10 @@ def loss(
     snr_range: tuple[float, float],
     prediction: str,
 ) -> Tensor:
-    """`x0`, `eps` (B, 4, h, w), `context` (B, 77, D), `t` (B,) whole timesteps, `bars` (1000,) alpha^2 at each."""
+    """`x0`, `eps` (B, 4, h, w), `context` (B, 77, D), `t` (B,) whole timesteps, `bars` (1000,) alpha^2 at each.
+
+    `snr_range` holds the weight of x0's error where the network predicts epsilon.
+    """
     bar = bars[t].view(-1, 1, 1, 1)
     alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
     out = unet(add_noise(x0, eps, alpha, sigma), t, context)
@@ -142,7 +145,7 @@ def load_parts(folder: Path, device: str) -> tuple[Tokenizer, TextEncoder, VAE]:
 def held_out_loss(
     parts: torch.nn.ModuleDict, x0: Tensor, ids: Tensor, bars: Tensor, recipe: Recipe, scheduler: ScheduleConfig
 ) -> float:
-    """The loss on 256 held-out pictures, always with the same noise and timesteps, so that runs can be compared."""
+    """The loss on 256 held-out pictures, always with the same noise and timesteps: runs of one `snr_range` compare."""
     generator, device = torch.Generator().manual_seed(0), bars.device
     total, n = 0.0, min(256, len(x0))
     t = ((torch.arange(n) + 0.5) / n * 1000).long()
