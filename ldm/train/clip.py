@@ -93,7 +93,7 @@ class Reader(nn.Module):
     def answers(self, data: Pictures) -> tuple[Tensor, Tensor]:
         """Of every picture: the right answers (N, 4), and which of its captions give them (N, 4)."""
         places = [list(QUESTIONS).index(question) for question in self.ASKED]
-        right = torch.tensor([[labels(scene)[place] for place in places] for scene in data.scenes])
+        right = torch.tensor([labels(scene) for scene in data.scenes])[:, places]
         given = [
             [len(scene.things) == 1 or "left" in words or "right" in words for words in captions]
             for scene, captions in zip(data.scenes, data.captions, strict=True)
