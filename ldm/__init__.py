@@ -1,6 +1,6 @@
 """Latent diffusion written out, so that a person can read it, step through it and trust it.
 
-The road a picture takes: `ldm.text` -> `ldm.noise` -> `ldm.schedules`, `ldm.guidance`, `ldm.samplers` around
+The road a picture takes: `ldm.text` -> `ldm.noise` -> `ldm.schedules`, `ldm.samplers`, `ldm.sampling`,
 `ldm.models` -> `ldm.pipeline`.
 """
 
@@ -14,8 +14,8 @@ PLACES = {  # the public names, and the modules they live in
     "Pipeline": "ldm.pipeline",
     "Noise": "ldm.noise",
     "SAMPLERS": "ldm.samplers",
-    "Step": "ldm.samplers",
-    "sample": "ldm.samplers",
+    "Step": "ldm.sampling",
+    "sample": "ldm.sampling",
     "Schedule": "ldm.schedules",
     "make_schedule": "ldm.schedules",
     "Tokenizer": "ldm.text.tokenizer",

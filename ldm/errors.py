@@ -13,8 +13,9 @@ class LDMError(Exception):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A helpful end for the sentence about an unknown name: " Did you mean 'ddim'?", or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    likeness = {each: difflib.SequenceMatcher(None, each, word).ratio() for each in known}
+    closest = max(likeness, key=likeness.get, default="")  # of equals the first, as the lists have the usual one
+    return f" Did you mean {closest!r}?" if likeness.get(closest, 0) >= 0.5 else ""
 
 
 def say_on_stderr(line: str) -> None:

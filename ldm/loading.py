@@ -11,8 +11,9 @@ from ldm.io.folders import find_weights, read_fields
 from ldm.io.weights import blank, load_weights
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
-from ldm.pipeline import Defaults, Pipeline
+from ldm.pipeline import Pipeline
 from ldm.schedules import ScheduleConfig
+from ldm.settings import Defaults
 from ldm.text.clip import TextConfig, TextEncoder
 from ldm.text.tokenizer import Tokenizer
 
@@ -46,6 +47,7 @@ def load(
     text_config = TextConfig.from_json(read_fields(folder / "text_encoder" / "config.json"))
     unet_config = UNetConfig.from_json(read_fields(folder / "unet" / "config.json"))
     vae_config = VAEConfig.from_json(read_fields(folder / "vae" / "config.json"))
+    scheduler, defaults = read_schedule(folder)
     tokenizer = Tokenizer.from_folder(folder / "tokenizer", clean)
     if tokenizer.notice:
         say_on_stderr(tokenizer.notice)
@@ -57,16 +59,13 @@ def load(
         paths = find_weights(folder / name, stem, variant)
         return load_weights(part, paths, dtype, device, getattr(cls, "rename", None))
 
-    scheduler = read_fields(folder / "scheduler" / "scheduler_config.json")
-    if scheduler.get("_class_name") == "PNDMScheduler":
-        say_on_stderr(f"{folder}: its file names PNDM, a sampler that ldm lacks; DDIM draws on the same noise levels.")
     return Pipeline(
         tokenizer,
         fill(TextEncoder, text_config, "text_encoder", "model"),
         fill(UNet, unet_config, "unet", "diffusion_pytorch_model"),
         fill(VAE, vae_config, "vae", "diffusion_pytorch_model"),
-        ScheduleConfig.from_json(scheduler),
-        read_defaults(folder),
+        scheduler,
+        defaults,
         folder,
     )
 
@@ -83,9 +82,12 @@ def find_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return known[dtype]
 
 
-def read_defaults(folder: Path) -> Defaults:
+def read_schedule(folder: Path) -> tuple[ScheduleConfig, Defaults]:
+    """What a folder says of its noise levels, in its scheduler's file and in `ldm.json`; no weights are read."""
+    # diffusers writes DPM-Solver's lambda_min_clipped as -Infinity
+    config = ScheduleConfig.from_json(read_fields(folder / "scheduler" / "scheduler_config.json", ("-Infinity",)))
     path = folder / "ldm.json"
-    return from_json(Defaults, read_fields(path), {}, str(path)) if path.exists() else Defaults()
+    return config, from_json(Defaults, read_fields(path), {}, str(path)) if path.exists() else Defaults()
 
 
 def embedded() -> dict[str, Path]:

@@ -26,39 +26,12 @@ from ldm.guidance import Network, classifier_free, conditional, denoiser, halves
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.noise import Noise
-from ldm.samplers import Sampler, Step, ddim, find_sampler, sample
-from ldm.schedules import Schedule, ScheduleConfig, make_schedule
+from ldm.samplers import SAMPLERS, find_sampler
+from ldm.sampling import Sampler, Step, sample
+from ldm.schedules import Schedule, ScheduleConfig
+from ldm.settings import Defaults, Settings, choose_levels, whole
 from ldm.text.clip import TextEncoder
 from ldm.text.tokenizer import Tokenizer
-
-# The sampler of the diffusers class that a scheduler file names; PNDM's own is not among ours yet.
-OF_RULE = {"ddpm": "ddpm", "ddim": "ddim", "euler": "euler", "dpm": "dpm++"}
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a model is best drawn with, where the caller says nothing: `ldm.json` in its folder."""
-
-    steps: int = 50
-    guidance: float = 7.5
-    sampler: str | None = None  # that of the scheduler file
-    width: int | None = None  # the UNet's sample_size times the VAE's factor
-    height: int | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides a picture, beside the model: the arguments of a call with every default filled in."""
-
-    prompt: tuple[str, ...]
-    negative: tuple[str, ...]
-    seeds: tuple[int, ...]
-    steps: int
-    guidance: float
-    sampler: str
-    eta: float
-    width: int
-    height: int
 
 
 @dataclass(frozen=True)
@@ -103,8 +76,11 @@ class Pipeline:
         return Result(self.decode(last.x), last.x, settings)
 
     def _one_by_one(self, settings: Settings, options: dict) -> Result:
-        if options.get("latents") is not None or options.get("generator") is not None or options.get("after"):
-            raise LDMError("one_by_one begins each picture from its seed: pass no latents, generator or after with it.")
+        of_a_batch = ("latents", "generator", "network")
+        if options.get("after") or any(options.get(name) is not None for name in of_a_batch):
+            raise LDMError(
+                "one_by_one begins each picture from its seed: pass no latents, generator, after or network with it."
+            )
         options = {k: v for k, v in options.items() if k not in ("negative", "seed", "count")}
         results = [
             self(prompt, negative=negative, seed=seed, **options)
@@ -122,7 +98,11 @@ class Pipeline:
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | None = None,
-        eta: float = 0.0,
+        eta: float | None = None,
+        rule: str | None = None,
+        sigmas: str | Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        compat: bool = False,
         width: int | None = None,
         height: int | None = None,
         count: int = 1,
@@ -131,23 +111,28 @@ class Pipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         after: Sequence[Step] = (),
         together: bool = True,
+        network: Network | None = None,
     ) -> Iterator[Step]:
-        """The steps of a run, each yielded as it is taken (`ldm.samplers.Step`); nothing is hidden between them.
+        """The steps of a run, each yielded as it is taken (`ldm.sampling.Step`); nothing is hidden between them.
 
         Pictures: `count` for each prompt, with seeds seed, seed + 1, ... `latents` (B, C, h, w) of unit variance, or a
         `generator` (one for the batch's single picture, or one a picture), replace what the seeds would draw.
         `guidance` 1 or less runs the conditional model alone, in which `negative` has no part. `after=steps[:k]` goes
         on from steps of an earlier run. `together` False runs the two halves of guidance one after the other.
+        `rule`, `sigmas`, `timesteps` choose the noise levels (`ldm.schedules.make_schedule`); `compat` does what
+        diffusers does where it departs from a method, and takes the rule of the sampler's class there. A `network`
+        made of `ldm.guidance`'s closures takes the place of the UNet, and the prompts' with it.
         Raises LDMError, at once, for what cannot be.
         """
         settings = self.settings(
             prompt, negative=negative, seed=seed, steps=steps, guidance=guidance, sampler=sampler, eta=eta,
-            width=width, height=height, count=count,
+            rule=rule, sigmas=sigmas, timesteps=timesteps, compat=compat, width=width, height=height, count=count,
         )  # fmt: skip
-        schedule, sampler = self.schedule(settings.steps), self.sampler(settings)
+        schedule, sampler = self.schedule_of(settings), self.sampler(settings)
         noise = self.noise(settings, generator)
         x = self.start(settings, schedule, noise, latents)
-        denoise = denoiser(self.network(settings, clip_skip, together), schedule.prediction)
+        network = self.network(settings, clip_skip, together) if network is None else network
+        denoise = denoiser(network, schedule.prediction)
         return watched(sample(denoise, x, schedule, sampler, noise, after))
 
     # ------------------------------------------------------------------------------------------ its stations
@@ -163,9 +148,13 @@ class Pipeline:
         context = self.text_encoder.context(tokens.ids.to(self.device), clip_skip)
         return finite(context, "the text encoder")
 
-    def schedule(self, steps: int | None = None, rule: str | None = None, compat: bool = False) -> Schedule:
-        """The table of noise levels for `steps` steps (`ldm.schedules.make_schedule`)."""
-        return make_schedule(self.scheduler, self.defaults.steps if steps is None else steps, rule, compat)
+    def schedule(self, steps: int | None = None, **options) -> Schedule:
+        """The table of noise levels of a run: `steps`, sampler, rule, sigmas, timesteps, compat as in `steps`."""
+        return choose_levels(self.scheduler, self.defaults, steps=steps, **options).schedule(self.scheduler)
+
+    def schedule_of(self, settings: Settings) -> Schedule:
+        """The table of noise levels of these settings."""
+        return settings.schedule(self.scheduler)
 
     def noise(self, settings: Settings, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Noise:
         """The pictures' noise: from their seeds, or from the caller's generators."""
@@ -206,11 +195,9 @@ class Pipeline:
         return classifier_free(halves, settings.guidance)
 
     def sampler(self, settings: Settings) -> Sampler:
-        """The function of the sampler's name, told `eta` if it is DDIM."""
-        chosen, eta = find_sampler(settings.sampler), settings.eta
-        if eta and (chosen is not ddim or not 0 < eta <= 1):
-            raise LDMError(f"eta, the noise that ddim adds, lies between 0 and 1; {settings.sampler} can't take {eta}.")
-        return partial(ddim, eta=eta) if chosen is ddim else chosen
+        """The function of the sampler's name, told `eta` if it has that choice."""
+        method = find_sampler(settings.sampler)
+        return method.step if method.eta is None else partial(method.step, eta=settings.eta)
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> list[Image.Image]:
@@ -243,7 +230,11 @@ class Pipeline:
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | None = None,
-        eta: float = 0.0,
+        eta: float | None = None,
+        rule: str | None = None,
+        sigmas: str | Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        compat: bool = False,
         width: int | None = None,
         height: int | None = None,
         count: int = 1,
@@ -260,8 +251,16 @@ class Pipeline:
         guidance = d.guidance if guidance is None else guidance
         if not isinstance(guidance, Real) or not math.isfinite(guidance):
             raise LDMError(f"guidance must be a finite number, not {guidance!r}.")
-        sampler = sampler or d.sampler or OF_RULE[self.scheduler.rule]
-        find_sampler(sampler)
+        levels = choose_levels(
+            self.scheduler, d, steps=steps, sampler=sampler, rule=rule, sigmas=sigmas, timesteps=timesteps,
+            compat=compat,
+        )  # fmt: skip
+        own = find_sampler(levels.sampler).eta
+        if eta is not None and not (isinstance(eta, Real) and 0 <= eta <= 1):
+            raise LDMError(f"eta must be a number from 0 to 1, not {eta!r}.")
+        if eta and own is None:
+            able = " and ".join(name for name, method in SAMPLERS.items() if method.eta is not None)
+            raise LDMError(f"{levels.sampler} has no eta, {able} have: take one of these samplers, or leave eta out.")
         width = width if width is not None else d.width or self.default_size
         height = height if height is not None else d.height or self.default_size
         factor = self.vae.config.factor
@@ -272,27 +271,21 @@ class Pipeline:
                 )
         n = len(prompts) * count
         return Settings(
+            **vars(levels),
             prompt=tuple(p for p in prompts for _ in range(count)),
             negative=tuple(p for p in negatives for _ in range(count)),
             seeds=tuple(range(seed, seed + n)),
-            steps=whole("steps", d.steps if steps is None else steps, 1),
             guidance=guidance,
-            sampler=sampler,
-            eta=eta,
+            eta=eta if eta is not None else own or 0.0,
             width=width,
             height=height,
         )
 
 
-SETTINGS = ("negative", "seed", "steps", "guidance", "sampler", "eta", "width", "height", "count")
-
-
-def whole(name: str, value: object, least: int, below: float = math.inf) -> int:
-    """`value` itself, or an LDMError if it is no whole number of that range."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < below:
-        most = "" if below == math.inf else f" and below {below}"
-        raise LDMError(f"{name} must be a whole number of {least} or more{most}, not {value!r}.")
-    return int(value)
+SETTINGS = (
+    "negative", "seed", "steps", "guidance", "sampler", "eta", "rule", "sigmas", "timesteps", "compat", "width",
+    "height", "count",
+)  # fmt: skip
 
 
 def watched(steps: Iterator[Step]) -> Iterator[Step]:

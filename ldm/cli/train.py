@@ -95,7 +95,7 @@ def add_export(p: argparse.ArgumentParser) -> None:
     p.add_argument("--name", default="unet", metavar="NAME", help="the UNet's folder in the run (default: unet)")
     p.add_argument("--steps", type=whole(1), default=25, help="steps it is best drawn with (default: 25)")
     p.add_argument("--guidance", type=real(), default=4.0, help="guidance it is best drawn with (default: 4)")
-    p.add_argument("--sampler", default="dpm++", help="sampler it is best drawn with (default: dpm++)")
+    p.add_argument("--sampler", default="dpm++2m", help="sampler it is best drawn with (default: dpm++2m)")
 
 
 def run(args: argparse.Namespace) -> None:

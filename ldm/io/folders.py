@@ -96,8 +96,11 @@ def _shards(index: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------- JSON
 
 
-def read_json(path: str | Path) -> Any:
-    """Parse a UTF-8 JSON file. Raises LDMError if it is missing, too large, malformed, or says one name twice."""
+def read_json(path: str | Path, accept: tuple[str, ...] = ()) -> Any:
+    """Parse a UTF-8 JSON file. Raises LDMError if it is missing, too large, malformed, or says one name twice.
+
+    `accept` names what may stand for a number though JSON has no such thing: "-Infinity".
+    """
     path = Path(path)
     try:
         if path.stat().st_size > MOST_JSON_BYTES:
@@ -107,21 +110,27 @@ def read_json(path: str | Path) -> Any:
         raise cannot_read(path, error) from error
     except UnicodeDecodeError as error:
         raise LDMError(f"{path} is not UTF-8 text (byte {error.start}): {AGAIN}, or save it as UTF-8.") from error
-    return parse_json(text, str(path))
+    return parse_json(text, str(path), accept)
 
 
-def read_fields(path: str | Path) -> dict[str, Any]:
+def read_fields(path: str | Path, accept: tuple[str, ...] = ()) -> dict[str, Any]:
     """`read_json` of a file that must hold an object."""
-    fields = read_json(path)
+    fields = read_json(path, accept)
     if not isinstance(fields, dict):
         raise LDMError(f"{path} must hold a JSON object, not a {type(fields).__name__}: {AGAIN}.")
     return fields
 
 
-def parse_json(text: str | bytes, what: str) -> Any:
+def parse_json(text: str | bytes, what: str, accept: tuple[str, ...] = ()) -> Any:
     """Strict JSON: no NaN, no name twice, no bottomless nesting. Raises LDMError that begins with `what`."""
+
+    def constant(name: str) -> float:
+        if name in accept:
+            return float(name)
+        raise ValueError(f"{name} is not a JSON number")
+
     try:
-        return json.loads(text, object_pairs_hook=_no_doubles, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_no_doubles, parse_constant=constant)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise LDMError(f"{what} is not valid JSON at {where} ({error.msg}): mend it there, or {AGAIN}.") from error
@@ -136,10 +145,6 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice")
     return table
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def write_json(path: str | Path, obj: Any) -> None:

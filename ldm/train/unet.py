@@ -23,7 +23,8 @@ from ldm.io.weights import blank, load_weights, read_tensors, save_weights
 from ldm.models.unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.noise import Noise
-from ldm.samplers import dpmpp_2m, sample
+from ldm.samplers import find_sampler
+from ldm.sampling import sample
 from ldm.schedules import ScheduleConfig, alpha_bars, make_schedule
 from ldm.text.clip import TextConfig, TextEncoder
 from ldm.text.tokenizer import Tokenizer
@@ -168,7 +169,7 @@ def draw(parts: torch.nn.ModuleDict, vae: VAE, ids: Tensor, empty: Tensor, sched
     halves = halves_together(conditional(parts["unet"], context))
     denoise = denoiser(classifier_free(halves, scale=4.0), schedule.prediction)
     x = noise.draw(vae.latent_shape(128, 128)).to(device) * schedule.start_scale
-    *_, last = sample(denoise, x, schedule, dpmpp_2m, noise)
+    *_, last = sample(denoise, x, schedule, find_sampler("dpm++2m").step, noise)
     return vae.decode(last.x)
 
 

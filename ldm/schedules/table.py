@@ -1,0 +1,272 @@
+"""The table itself: n+1 rows of noise levels, and how a configuration becomes one."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from ldm.errors import LDMError
+from ldm.schedules.betas import alpha_bars
+from ldm.schedules.config import ScheduleConfig, find_rule
+from ldm.schedules.spacing import AYS, choose_sigmas, most_steps, shifted, spaced_timesteps
+
+
+class Level(NamedTuple):
+    """One row: x = alpha * x0 + sigma * eps, and the timestep `t` the network is told (a fraction for some rules)."""
+
+    i: int
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def ratio(self) -> float:
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+
+def level_at(i: int, t: float, bar: float) -> Level:
+    """The level of a training step, whose alpha^2 is `bar`."""
+    return Level(i, float(t), math.sqrt(bar), math.sqrt(1 - bar))
+
+
+def level_of(i: int, t: float, ratio: float, flow: bool) -> Level:
+    """The level whose sigma / alpha is `ratio`, on the circle alpha^2 + sigma^2 = 1 or the line alpha + sigma = 1."""
+    alpha = 1 / (1 + ratio) if flow else 1 / math.sqrt(1 + ratio**2)
+    return Level(i, float(t), alpha, 1.0 if ratio == math.inf else ratio * alpha)
+
+
+def stays(level: Level, after: Level) -> bool:
+    """Whether two rows are one level: they differ by rounding alone."""
+    return math.isclose(level.ratio, after.ratio, rel_tol=1e-9)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`levels`: n+1 rows. The loop starts from `start_scale` * eps; the network speaks in `prediction`.
+
+    `compat` tells samplers to do what diffusers 0.42.1 does where that departs from the method. `landings`, set under
+    `compat` alone, are the levels on which diffusers' DDIM and PNDM believe to land, where those are not the next rows.
+    `bars` (N,) is alpha^2 at every training step; None for flow, where alpha = 1 - sigma and t = sigma * `total`.
+    """
+
+    levels: tuple[Level, ...]
+    prediction: str
+    start_scale: float
+    rule: str
+    landings: tuple[Level, ...] | None = None
+    compat: bool = False
+    bars: np.ndarray | None = field(default=None, repr=False, compare=False)
+    total: int = 1000
+
+    def __post_init__(self):
+        if self.prediction == "epsilon" and self.levels[0].alpha == 0:
+            raise LDMError(
+                "This schedule begins at alpha = 0, pure noise, where predicting the noise says nothing of the "
+                "picture: a model trained for it predicts v or flow (Lin et al. 2023, section 3.3)."
+            )
+        for a, b in () if self.compat else pairwise(self.levels):
+            if stays(a, b) or b.ratio > a.ratio:
+                what = "are the same noise level" if stays(a, b) else "rise instead of falling"
+                raise LDMError(
+                    f"Rows {a.i} and {b.i} of this schedule (t = {a.t:g} and {b.t:g}) {what}, and a step between them "
+                    "would be lost: take fewer steps, another timestep_spacing or other sigmas, or let the table end "
+                    "at zero (final_sigmas_type zero, set_alpha_to_one true); compat keeps it as diffusers has it."
+                )
+
+    def __len__(self) -> int:
+        """The number of steps: one less than there are levels."""
+        return len(self.levels) - 1
+
+    def __getitem__(self, i: int) -> Level:
+        return self.levels[i]
+
+    def step(self, i: int) -> tuple[Level, Level]:
+        """The level that step `i` starts from, and the one it goes to."""
+        return self.levels[i], self.landings[i] if self.landings else self.levels[i + 1]
+
+    def at(self, i: int, t: float) -> Level:
+        """The level of timestep `t`, for methods that visit more than the rows; `i` is the row it belongs to."""
+        if self.bars is None:
+            sigma = t / self.total
+            return Level(i, float(t), 1 - sigma, sigma)
+        return row_at(i, t, self.bars)
+
+    def between(self, i: int, ratio: float) -> Level:
+        """The level of that sigma / alpha, with the timestep that training had for it."""
+        if self.bars is None:
+            level = level_of(i, 0.0, ratio, flow=True)
+            return level._replace(t=level.sigma * self.total)
+        return level_of(i, timestep_of(ratio, self.bars), ratio, flow=False)
+
+    def table(self) -> str:
+        """The rows as text."""
+        rows = [f"{r.i:4d} {r.t:9.3f} {r.alpha:9.6f} {r.sigma:9.6f} {r.ratio:11.6f}" for r in self.levels]
+        return "\n".join(["   i         t     alpha     sigma sigma/alpha", *rows])
+
+
+def timestep_of(ratio: float, bars: np.ndarray) -> float:
+    """The timestep, with a fraction, at which training had this sigma / alpha; linear in its logarithm between two."""
+    with np.errstate(divide="ignore"):  # zero terminal SNR: infinite at the last step
+        logs = np.log(np.sqrt((1 - bars) / bars))
+    wanted = math.log(max(ratio, 1e-10))
+    low = int(np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(logs) - 2))
+    # Written as diffusers writes it: its DPM rules cut the fraction off, and so depend on the last digit.
+    w = min(max((logs[low] - wanted) / (logs[low] - logs[low + 1]), 0.0), 1.0)
+    return float((1 - w) * low + w * (low + 1))
+
+
+def make_schedule(
+    config: ScheduleConfig,
+    n: int | None = None,
+    rule: str | None = None,
+    compat: bool = False,
+    *,
+    sigmas: str | Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
+    tokens: int | None = None,
+) -> Schedule:
+    """The table for `n` steps. `rule`: one of `RULES`, otherwise the file's own.
+
+    `sigmas`: one of `CHOICES`, otherwise the file's own; or the levels themselves, n+1 falling numbers sigma / alpha
+    (flow: sigma). `timesteps`: or n falling timesteps; the end is the rule's. `tokens`: the length of the network's
+    sequence, where the file shifts levels by it. `compat` copies diffusers 0.42.1 where it departs from the method.
+    Raises LDMError for what the schedule cannot hold.
+    """
+    config = config if rule is None else replace(config, rule=rule)
+    find_rule(config.rule)
+    if (config.rule == "flow") != (config.prediction_type == "flow"):
+        raise LDMError(
+            f"The rule {config.rule!r} doesn't go with a network that predicts {config.prediction_type}: flow models "
+            "have the rule flow, and they alone."
+        )
+    if timesteps is not None and sigmas is not None:
+        raise LDMError("Both timesteps and sigmas are given: a schedule takes one of them.")
+    n = count_steps(config, n, sigmas, timesteps)
+    if config.rule == "flow":
+        return flow_table(config, n, sigmas, timesteps, tokens, compat)
+    bars = alpha_bars(config).double().numpy()
+    if isinstance(sigmas, str | None):
+        given = timesteps is not None
+        rows = [row_at(i, t, bars) for i, t in enumerate(timesteps if given else spaced_timesteps(config, n))]
+        choice = sigmas or ("spaced" if given else config.sigmas)
+        if choice != "spaced":
+            rows = chosen_rows(config, rows, bars, choice, compat)
+        rows.append(last_row(config, rows, bars, compat and choice != "spaced"))
+    else:
+        rows = [level_of(i, timestep_of(s, bars), float(s), flow=False) for i, s in enumerate(sigmas)]
+    # "leading" stops short of the noisiest step and calls its first level pure noise; so do rules that aren't scaled.
+    scaled = find_rule(config.rule).scaled and config.spacing != "leading"
+    striding = compat and config.rule == "ddim" and timesteps is None and (sigmas or config.sigmas) == "spaced"
+    landings = ddim_landings(rows, bars, config.num_train_timesteps // n) if striding else None
+    start_scale = rows[0].sigma if scaled else 1.0
+    return Schedule(tuple(rows), config.prediction_type, start_scale, config.rule, landings, compat, bars,
+                    config.num_train_timesteps)  # fmt: skip
+
+
+def count_steps(
+    config: ScheduleConfig, n: int | None, sigmas: str | Sequence[float] | None, timesteps: Sequence[float] | None
+) -> int:
+    """How many steps were asked for, in any of the three ways; an LDMError if there is no such schedule."""
+    if timesteps is not None or not isinstance(sigmas, str | None):
+        name, given, least = ("timesteps", timesteps, 0) if timesteps is not None else ("sigmas", sigmas, 1)
+        falls = all(a > b for a, b in pairwise(given))
+        highest = config.num_train_timesteps - 1 if least == 0 and config.rule != "flow" else math.inf
+        if len(given) <= least or not falls or not (given[-1] >= 0 and math.isfinite(given[0])) or given[0] > highest:
+            ends = f", at most {highest}" if highest < math.inf else ""
+            raise LDMError(
+                f"{name} must be {least + 1} or more falling numbers, none below 0{ends}: not {list(given)}."
+            )
+        if n not in (None, len(given) - least):
+            raise LDMError(
+                f"{n} steps asked for, but the {name} given make {len(given) - least}: leave one of them out."
+            )
+        return len(given) - least
+    most = most_steps(config)
+    if n is None or not 1 <= n <= most:
+        raise LDMError(f"{n} steps asked for; this model's schedule has between 1 and {most} of them.")
+    return n
+
+
+def row_at(i: int, t: float, bars: np.ndarray) -> Level:
+    """The level of a timestep; between two training steps it is sigma/alpha that is interpolated."""
+    if t == int(t):
+        return level_at(i, t, float(bars[int(t)]))
+    with np.errstate(divide="ignore"):  # zero terminal SNR
+        return level_of(i, t, float(np.interp(t, np.arange(len(bars)), np.sqrt((1 - bars) / bars))), flow=False)
+
+
+def chosen_rows(config: ScheduleConfig, rows: list[Level], bars: np.ndarray, choice: str, compat: bool) -> list[Level]:
+    """As many rows with other noise levels, and the timesteps that training had for them, as the rule tells them."""
+    rule, n = find_rule(config.rule), len(rows)
+    ends = (level_at(0, 0, bars[-1]), level_at(0, 0, bars[0])) if rule.whole_range else (rows[0], rows[-1])
+    most, least = config.sigma_max or ends[0].ratio, config.sigma_min or ends[1].ratio
+    if most == math.inf:
+        raise LDMError(
+            f"This schedule begins at pure noise (zero terminal SNR), from where no {choice} levels lead: take sigmas "
+            "spaced, or set sigma_max."
+        )
+    chosen = []
+    for i, ratio in enumerate(choose_sigmas(choice, most, least, n)):
+        t = timestep_of(ratio, bars)
+        if rule.told == "whole" and compat and (choice != "karras" or unrounded(config)):
+            t = float(int(t))  # diffusers cuts the fraction off: 998.9999 becomes 998
+        elif rule.told == "whole" or (rule.told == "karras" and choice == "karras"):
+            t = float(round(t))
+        chosen.append(level_of(i, t, float(ratio), flow=False))
+    return chosen
+
+
+def unrounded(config: ScheduleConfig) -> bool:
+    """diffusers' DPM-Solver rounds Karras' timesteps, except on a cosine schedule."""
+    return config.rule == "dpm" and config.beta_schedule == "squaredcos_cap_v2"
+
+
+def last_row(config: ScheduleConfig, rows: list[Level], bars: np.ndarray, chosen_compat: bool) -> Level:
+    """Where the table ends: on the clean latent, or on the cleanest training level."""
+    n, ends = len(rows), find_rule(config.rule).ends
+    if ends == "file":
+        clean = config.set_alpha_to_one if config.rule == "ddim" else config.final_sigmas_type == "zero"
+        ends = "zero" if clean else "first"
+    if ends == "first" and chosen_compat and config.rule in ("unipc", "deis"):
+        return rows[-1]._replace(i=n, t=0.0)  # diffusers ends there twice
+    return Level(n, 0.0, 1.0, 0.0) if ends == "zero" else level_at(n, 0, float(bars[0]))
+
+
+def ddim_landings(rows: list[Level], bars: np.ndarray, stride: int) -> tuple[Level, ...]:
+    """Where diffusers' DDIM goes: always `stride` timesteps down, whatever the next row is (scheduling_ddim.py:445)."""
+    landings = []
+    for row in rows[:-1]:
+        i, t = row.i + 1, int(row.t) - stride
+        landings.append(level_at(i, t, float(bars[t])) if t >= 0 else rows[-1]._replace(i=i))
+    return tuple(landings)
+
+
+def flow_table(
+    config: ScheduleConfig,
+    n: int,
+    sigmas: str | Sequence[float] | None,
+    timesteps: Sequence[float] | None,
+    tokens: int | None,
+    compat: bool,
+) -> Schedule:
+    """alpha = 1 - sigma and t = sigma * N: from pure noise to the clean latent (Lipman et al. 2023)."""
+    total = config.num_train_timesteps
+    if timesteps is not None:
+        s = np.append(np.asarray(timesteps, dtype=float) / total, 0.0)
+    elif not isinstance(sigmas, str | None):
+        s = np.asarray(sigmas, dtype=float)
+    else:
+        # diffusers shifts the lower end here and, with all others, once more below: so do its trained models' users.
+        least = 1 / total if config.use_dynamic_shifting else float(shifted(config, np.array([1 / total]), None)[0])
+        s = shifted(config, np.linspace(1, least, n), tokens)
+        choice = sigmas or config.sigmas
+        if choice in AYS:
+            raise LDMError(f"The {choice} levels were found for Stable Diffusion: a flow model has no use for them.")
+        s = np.append(s if choice == "spaced" else choose_sigmas(choice, s[0], s[-1], n), 0.0)
+    if s[0] > 1 + 1e-9:  # rounding
+        raise LDMError(f"A flow model's sigmas lie between 0 and 1: not {s[0]:g}.")
+    rows = tuple(Level(i, float(x * total), float(1 - x), float(x)) for i, x in enumerate(np.minimum(s, 1.0)))
+    return Schedule(rows, config.prediction_type, 1.0, config.rule, compat=compat, total=total)
