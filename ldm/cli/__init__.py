@@ -1,4 +1,4 @@
-"""The command line: `ldm generate`, `ldm rerun`, `ldm evaluate`, `ldm train`.
+"""The command line: `ldm generate`, `ldm rerun`, `ldm samplers`, `ldm schedule`, `ldm evaluate`, `ldm train` and more.
 
 Each command is a module with two functions: `add` declares its options, `run` does the work. torch is imported
 inside `run` alone, so that `ldm --help` answers at once. A user meets sentences, never tracebacks.
@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from ldm import __version__
-from ldm.cli import evaluate, generate, rerun, train
+from ldm.cli import compare_samplers, evaluate, generate, rerun, samplers, schedule, train
 from ldm.cli.options import Parser
 from ldm.errors import STOPPED, LDMError
 
-COMMANDS = (generate, rerun, evaluate, train)  # in the order of `ldm --help`
+COMMANDS = (generate, rerun, samplers, schedule, evaluate, compare_samplers, train)  # in the order of `ldm --help`
 
 DONE, FAILED = 0, 1  # 2 is argparse's own
 TRACEBACK = "LDM_TRACEBACK"  # an environment variable: set, an error is shown where it happened

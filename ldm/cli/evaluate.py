@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ldm.cli.options import add_model_options, open_model, real, whole
+from ldm.cli.options import LEVELS, add_levels, add_model_options, open_model, real, said, whole
 
 HELP = """Draw a picture for each of many held-out scenes, and have a checker read what it shows.
 
@@ -18,20 +18,16 @@ def add(commands: "argparse._SubParsersAction") -> None:
     p.set_defaults(run=run, parser=p)
     add_model_options(p)
     p.add_argument("--count", type=whole(1), default=1000, metavar="N", help="pictures (default: 1000)")
-    p.add_argument("--steps", type=whole(1), metavar="N", help="steps a picture (default: the model's)")
     p.add_argument("--guidance", type=real(0), metavar="S", help="guidance scale (default: the model's)")
-    p.add_argument("--sampler", metavar="NAME", help="sampler (default: the model's)")
     p.add_argument("--batch", type=whole(1), default=20, metavar="N", help="pictures drawn at once (default: 20)")
     p.add_argument("--out", metavar="DIR", help="keep the pictures, a sheet of them and the verdicts there")
+    add_levels(p.add_argument_group("the levels of noise (what is left out is as the model's folder says)"))
 
 
 def run(args: argparse.Namespace) -> None:
     from ldm.metrics.evaluation import evaluate
-    from ldm.samplers import find_sampler
 
-    if args.sampler is not None:
-        find_sampler(args.sampler)
     pipe, _ = open_model(args.model, args.dtype, args.device)
-    options = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler, "batch": args.batch}
+    pipe.schedule(**said(args, LEVELS))  # refuses at once what the model cannot do
     folder = Path(args.out) if args.out else None
-    evaluate(pipe, args.count, folder, **{name: value for name, value in options.items() if value is not None})
+    evaluate(pipe, args.count, folder, batch=args.batch, **said(args, (*LEVELS, "guidance")))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.inside import SHEET, Inside, other_run
-from ldm.cli.options import SEED, add_model_options, open_model, progress, real, whole
+from ldm.cli.options import LEVELS, SEED, add_levels, add_model_options, open_model, progress, real, said, whole
 from ldm.cli.plan import Job, batches, make_folder, obstacle, plan, prepare, read_prompts
 from ldm.cli.record import DECIDES, make_record, pixel_hash
 from ldm.errors import LDMError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Settings
 
-SETTINGS = ("negative", "steps", "guidance", "sampler", "eta", "width", "height")  # options that `Settings` knows
+SETTINGS = ("negative", *LEVELS, "guidance", "eta", "width", "height")  # options that `Settings` knows
 MOST_PIXELS = 16_384  # along a side: beyond it is a slip of the finger, and would only eat the memory
 
 HELP = """Draw pictures from a sentence, or from a file of sentences.
@@ -63,12 +63,13 @@ def add_settings(p: "argparse._ArgumentGroup") -> None:
     """What decides how a picture looks. Left out, most are as the model's folder says."""
     p.add_argument("--seed", type=SEED, default=0, help="picture k of a prompt is drawn from SEED + k (default: 0)")
     p.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from")
-    p.add_argument("--steps", type=whole(1), metavar="N", help="steps from noise to picture")
     p.add_argument(
         "--guidance", type=real(), metavar="SCALE", help="how strongly the prompt counts; 1 or less: not guided"
     )
-    p.add_argument("--sampler", metavar="NAME", help="ddim, ddpm, dpm++, euler, ...; a wrong name is answered with all")
-    p.add_argument("--eta", type=real(0, 1), default=0.0, help="noise that ddim adds on its way, 0 to 1 (default: 0)")
+    add_levels(p)
+    p.add_argument(
+        "--eta", type=real(0, 1), help="noise on the way, 0 to 1, of ddim (0 if left out) and tcd (0.3 if left out)"
+    )
     p.add_argument("--width", type=whole(1, MOST_PIXELS), metavar="PIXELS", help="a multiple of 8")
     p.add_argument("--height", type=whole(1, MOST_PIXELS), metavar="PIXELS", help="a multiple of 8")
     p.add_argument(
@@ -109,7 +110,7 @@ class Drawing:
     def __init__(self, args: argparse.Namespace):
         self.args, self.several = args, args.count > 1 or args.prompts is not None
         self.pipe, self.model_hash = open_model(args.model, args.dtype, args.device)
-        self.options = {name: getattr(args, name) for name in SETTINGS}
+        self.options = said(args, SETTINGS)
 
     def settings(self, job: Job) -> "Settings":
         return self.pipe.settings(job.prompt, seed=job.seed, **self.options)
@@ -125,10 +126,7 @@ class Drawing:
 
     def check(self, job: Job) -> None:
         """Refuse at once, before anything is drawn, what the model cannot do."""
-        settings = self.settings(job)
-        self.pipe.schedule(settings.steps)
-        if settings.eta and settings.sampler != "ddim":
-            raise LDMError(f"--eta is an option of the sampler ddim, not of {settings.sampler}: add --sampler ddim.")
+        self.pipe.schedule_of(self.settings(job))
 
     def waiting(self, jobs: list[Job]) -> list[Job]:
         """The pictures that are still to be drawn. Raises LDMError if something else stands in their places."""

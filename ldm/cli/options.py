@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -91,6 +91,24 @@ def one_of(known: tuple[str, ...]) -> Callable[[str], str]:
     return read
 
 
+def numbers(text: str) -> list[float]:
+    """The kind of option that is numbers with commas between them."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers with commas between them, not {text!r}") from None
+
+
+def name_or_numbers(text: str) -> str | list[float]:
+    """The kind of option that is a name, or numbers with commas between them."""
+    if re.fullmatch(r"[A-Za-z][\w-]*", text):
+        return text
+    try:
+        return numbers(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}".replace("must be", "must be a name or", 1)) from None
+
+
 SEED = whole(0, 2**63 - 1)  # what torch takes, with room for the seeds after it
 
 
@@ -106,6 +124,36 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser, default: str | None = "cpu") -> None:
     parser.add_argument("--device", default=default, help="cpu, cuda, cuda:1, mps (default: cpu)")
+
+
+LEVELS = ("steps", "sampler", "rule", "sigmas", "timesteps", "compat")  # the options that make the table of levels
+
+
+def add_levels(parser: "argparse._ActionsContainer") -> None:
+    """Which levels of noise a run visits, and how it goes from one to the next: `LEVELS`."""
+    parser.add_argument("--steps", type=whole(1), metavar="N", help="steps from noise to picture")
+    parser.add_argument("--sampler", metavar="NAME", help="ddim, euler, heun, dpm++2m ...: `ldm samplers` lists them")
+    parser.add_argument(
+        "--rule", metavar="NAME", help="make the table of noise levels as this one of diffusers' schedulers does: "
+        "ddpm, ddim, euler, heun, dpm2, dpm, singlestep, deis, unipc, lcm, tcd, flow",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sigmas", type=name_or_numbers, metavar="LEVELS", help="the levels sigma/alpha: spaced, karras, exponential, "
+        "beta, ays, ays-xl; or N + 1 falling numbers with commas between them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timesteps", type=numbers, metavar="T,T,...", help="instead: N falling timesteps with commas between them"
+    )
+    parser.add_argument(
+        "--compat", action="store_true", help="do as diffusers does where it departs from a method, and take the rule "
+        "of the sampler's class there",
+    )  # fmt: skip
+
+
+def said(args: argparse.Namespace, names: Sequence[str]) -> dict:
+    """Those of the options that the command line sets; the others are left to the model's folder."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
 
 
 def find_device(name: str) -> "torch.device":

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from ldm import __version__
 from ldm.errors import LDMError
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import Pipeline, Settings
 
+NUMBERS = list[float]
 # What decides a picture: two records that agree in these are records of one picture (to within a grey level).
 DECIDES = {
-    "prompt": str, "negative": str, "seed": int, "steps": int, "guidance": float, "sampler": str, "eta": float,
-    "width": int, "height": int, "clip_skip": int, "dtype": str, "model_hash": str,
+    "prompt": str, "negative": str, "seed": int, "steps": int, "sampler": str, "rule": str, "sigmas": str | NUMBERS,
+    "timesteps": NUMBERS | None, "compat": bool, "guidance": float, "eta": float, "width": int, "height": int,
+    "clip_skip": int, "dtype": str, "model_hash": str,
 }  # fmt: skip
 # Where it was drawn: numbers may be rounded otherwise elsewhere. `batch` is how many pictures were drawn together.
 SURROUNDS = {"model": str, "device": str, "batch": int, "version": str, "torch": str}
@@ -29,7 +31,7 @@ def make_record(
     """The record of a picture to be drawn with `settings`, the first of them if there are several."""
     import torch
 
-    fields = asdict(settings)
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
     prompt, negative, seed = (fields.pop(name)[0] for name in ("prompt", "negative", "seeds"))
     return {
         "prompt": prompt,
@@ -61,11 +63,19 @@ def read_record(path: str | Path) -> dict:
     if "step" in record:
         raise LDMError(f"{path} shows the inside of a run (--save-steps), not its result: name the picture it led to.")
     for name, kind in {**DECIDES, **SURROUNDS}.items():
-        value = record.get(name)
-        kinds = (int, float) if kind is float else (kind,)
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise LDMError(f"{path}: its settings lack a sound {name!r} ({value!r}): it isn't as ldm wrote it.")
+        if name not in record or not any(sound(record[name], each) for each in get_args(kind) or (kind,)):
+            raise LDMError(
+                f"{path}: its settings lack a sound {name!r} ({record.get(name)!r}): it isn't as this ldm writes it."
+            )
     return record
+
+
+def sound(value: object, kind: type) -> bool:
+    """Whether a value out of a JSON file is of that kind; `True` is no number."""
+    if kind == NUMBERS:
+        return isinstance(value, list) and all(sound(each, float) for each in value)
+    kinds = (int, float) if kind is float else kind
+    return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
 
 
 def differences(old: dict, new: dict, names: tuple[str, ...]) -> list[str]:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.generate import SETTINGS
 from ldm.cli.options import DTYPES, add_device, find_device, open_model, progress
 from ldm.cli.plan import prepare_file
 from ldm.cli.record import SURROUNDS, differences, make_record, pixel_hash, read_record
@@ -65,8 +66,7 @@ def draw_again(args: argparse.Namespace, old: dict) -> tuple["Image.Image", dict
     except LDMError as error:
         hint = "" if args.model else f" (The picture names the model {old['model']!r}; --model says where it is now.)"
         raise LDMError(f"{error}{hint}") from error
-    names = ("negative", "seed", "steps", "guidance", "sampler", "eta", "width", "height")
-    options = {name: old[name] for name in names}
+    options = {name: old[name] for name in ("seed", *SETTINGS)}
     settings = pipe.settings(old["prompt"], **options)
     with progress(settings.steps) as bar:
         bar.set_description("drawing again")

@@ -194,16 +194,26 @@ def evaluate_pictures(
 def begin_log(folder: Path, pipe: Pipeline, checker: Checker, options: dict) -> Path:
     """The file of verdicts in `folder`. Raises LDMError where the folder holds another model's or other settings'."""
     folder.mkdir(parents=True, exist_ok=True)
-    judge = hashlib.sha256(b"".join(p.numpy().tobytes() for p in checker.state_dict().values())).hexdigest()[:16]
-    this = {"model": folder_hash(pipe.folder), "dtype": str(pipe.dtype), "checker": judge, "options": options}
+    this = {**fingerprint(pipe, checker), "options": options}
     settings, log = folder / "settings.json", folder / "verdicts.jsonl"
     if settings.exists() and read_json(settings) != this:
         raise LDMError(f"{folder} holds pictures of another model or of other settings: name another folder.")
     write_json(settings, this)
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     with atomic_file(log, "w") as file:
-        file.writelines(line for line in lines if line.endswith("}\n"))  # a kill may have torn the last one
+        file.writelines(whole_lines(log))
     return log
+
+
+def fingerprint(pipe: Pipeline, checker: Checker) -> dict[str, str]:
+    """Who drew and who judged: results with another one have no place in the same file."""
+    judge = hashlib.sha256(b"".join(p.numpy().tobytes() for p in checker.state_dict().values())).hexdigest()[:16]
+    return {"model": folder_hash(pipe.folder), "dtype": str(pipe.dtype), "checker": judge}
+
+
+def whole_lines(log: Path) -> list[str]:
+    """The lines of a file of JSON objects, without the last one where a kill has torn it."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return [line for line in lines if line.endswith("}\n")]
 
 
 def save_image(image: Image.Image, path: Path) -> None:
