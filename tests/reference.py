@@ -12,7 +12,6 @@ from functools import cache
 from types import ModuleType
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -115,14 +114,16 @@ def in_float64(cls):
 
 def scheduler_of(cls, fields, n, dtype=torch.float64):
     """diffusers' scheduler with n steps set; in float64 it keeps the table's float32 digits, as training had them."""
-    if cls in (DDPMScheduler, DDIMScheduler):
-        fields = {**fields, "clip_sample": False}
+    known = inspect.signature(cls.__init__).parameters
+    fields = {name: value for name, value in fields.items() if name in known}
+    if "clip_sample" in known:
+        fields["clip_sample"] = False
     scheduler = cls(**fields)
     if dtype == torch.float64:
         bars = scheduler.alphas_cumprod.double()
         scheduler = in_float64(cls)(**fields)
         scheduler.alphas_cumprod = bars
-        if cls is DDIMScheduler and not scheduler.config.set_alpha_to_one:
+        if not scheduler.config.get("set_alpha_to_one", True):
             scheduler.final_alpha_cumprod = bars[0]
     scheduler.set_timesteps(n)
     return scheduler

@@ -21,12 +21,13 @@ from tiny import DEFAULTS, SIZE, plant, tiny_model
 
 import ldm
 from ldm import loading
-from ldm.cli import inside, main, options, plan, train
+from ldm.cli import inside, main, options, plan, schedule, train
 from ldm.cli.record import pixel_hash
 from ldm.io.folders import folder_hash
 from ldm.io.png import read_settings, save_png
 from ldm.pipeline import Pipeline
-from ldm.samplers import SAMPLERS
+from ldm.samplers import SAMPLERS, table
+from ldm.schedules import CHOICES, RULES, make_schedule
 
 HOUSE = "a large red house"
 ROOT = Path(__file__).parent.parent
@@ -104,8 +105,9 @@ def test_the_png_says_how_it_was_made(cli, model):
     found = read_settings("a.png")
     assert found == {
         "prompt": HOUSE, "negative": "a tree", "seed": 7, **DEFAULTS, "eta": 0.0, "width": SIZE, "height": 2 * SIZE,
-        "clip_skip": 0, "dtype": "float32", "model": str(model), "model_hash": folder_hash(model), "device": "cpu",
-        "batch": 1, "version": ldm.__version__, "torch": str(torch.__version__),
+        "rule": "ddim", "sigmas": "spaced", "timesteps": None, "compat": False, "clip_skip": 0, "dtype": "float32",
+        "model": str(model), "model_hash": folder_hash(model), "device": "cpu", "batch": 1,
+        "version": ldm.__version__, "torch": str(torch.__version__),
         "pixels": pixel_hash(Image.open("a.png")),
     }  # fmt: skip
 
@@ -120,6 +122,13 @@ def test_the_png_says_how_it_was_made(cli, model):
         (["--guidance", "0"], "guidance", 0.0),
         (["--sampler", "euler"], "sampler", "euler"),
         (["--sampler", "ddim", "--eta", "1"], "eta", 1.0),
+        (["--sampler", "tcd"], "eta", 0.3),
+        (["--rule", "dpm"], "rule", "dpm"),
+        (["--compat"], "rule", "dpm"),
+        (["--compat"], "compat", True),
+        (["--sigmas", "karras"], "sigmas", "karras"),
+        (["--sigmas", "14.6,2.5,0.5,0"], "sigmas", [14.6, 2.5, 0.5, 0.0]),
+        (["--timesteps", "900,400.5,3"], "timesteps", [900.0, 400.5, 3.0]),
         (["--width", "64"], "width", 64),
         (["--height", "48"], "height", 48),
         (["--clip-skip", "1"], "clip_skip", 1),
@@ -364,6 +373,36 @@ def test_rerun_of_a_picture_drawn_alone_is_identical(cli):
     assert filecmp.cmp("a.png", "b.png", shallow=False)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sigmas", "14.6,2.5,0.5,0"],
+        ["--sigmas", "exponential", "--rule", "unipc"],
+        ["--timesteps", "900,400.5,3", "--sampler", "heun"],
+        ["--sampler", "dpm++2m-sde", "--compat"],
+        ["--sampler", "tcd", "--eta", "0"],
+        ["--sampler", "tcd", "--compat", "--timesteps", "900,500,100"],
+    ],
+)
+def test_rerun_takes_up_the_levels(cli, words, runs):
+    cli("generate", HOUSE, "--out", "a.png", *words)
+    cli("generate", HOUSE, "--out", "plain.png")
+    assert apart("a.png", "plain.png") > 1  # a rerun that forgot them would be seen
+    found = cli("rerun", "a.png", "--out", "b.png").lines
+    assert found == ["b.png", "a.png: identical."]
+    assert read_settings("b.png") == read_settings("a.png")
+
+
+@pytest.mark.parametrize("words", [["--sigmas", "14.6,2.5,0.5,0"], ["--timesteps", "900,400.5,3"], ["--compat"]])
+def test_levels_are_compared_with_those_of_a_picture_that_is_there(cli, runs, words):
+    """Tuples here, lists in JSON: the same settings are no other settings."""
+    cli("generate", HOUSE, "--save-steps", "in", *words)
+    runs.clear()
+    assert "is drawn already" in cli("generate", HOUSE, "--save-steps", "in", *words).err and runs == []
+    changed = cli("generate", HOUSE, status=1).err
+    assert "was drawn with other settings" in changed and f"{words[0][2:]}: " in changed
+
+
 def test_rerun_of_a_picture_of_a_batch(cli):
     cli("generate", HOUSE, "--count", 3, "--out", "a.png")
     for seed in range(3):
@@ -421,6 +460,14 @@ def test_rerun_falls_back_to_the_cpu(cli):
         ({"width": 4096}, "don't belong together"),
         ({"dtype": "load"}, "don't belong together"),
         ({"sampler": "eluer"}, "Did you mean 'euler'?"),
+        ({"rule": None}, "lack a sound 'rule' (None)"),
+        ({"rule": "eulr"}, "Did you mean 'euler'?"),
+        ({"sigmas": None}, "lack a sound 'sigmas' (None)"),
+        ({"sigmas": [9.0, True]}, "lack a sound 'sigmas' ([9.0, True])"),
+        ({"sigmas": [0.5, 9.0]}, "sigmas must be 2 or more falling numbers"),
+        ({"timesteps": "900"}, "lack a sound 'timesteps' ('900')"),
+        ({"timesteps": [[900]]}, "lack a sound 'timesteps'"),
+        ({"compat": 1}, "lack a sound 'compat' (1)"),
         ({"model": "/no/such"}, "--model says where it is now"),
     ],
 )
@@ -468,7 +515,23 @@ BAD = [  # words after `generate`, exit status, what the sentence says
     ([HOUSE, "--guidance", "nan"], 2, "--guidance must be finite, not nan"),
     ([HOUSE, "--guidance", "much"], 2, "--guidance must be a number, not 'much'"),
     ([HOUSE, "--eta", "2"], 2, "--eta must be between 0 and 1, not 2"),
-    ([HOUSE, "--eta", "1"], 1, "--eta is an option of the sampler ddim, not of dpm++"),
+    ([HOUSE, "--eta", "1"], 1, "dpm++2m has no eta, ddim and tcd have: take one of these samplers, or leave eta out."),
+    ([HOUSE, "--sampler", "dpm++"], 1, "Did you mean 'dpm++2m'?"),
+    ([HOUSE, "--rule", "eulr"], 1, "Unknown schedule rule 'eulr': ldm knows ddpm, ddim, euler"),
+    ([HOUSE, "--rule", "eulr"], 1, "Did you mean 'euler'?"),
+    ([HOUSE, "--rule", "flow"], 1, "flow models have the rule flow, and they alone"),
+    ([HOUSE, "--rule", "lcm", "--steps", "51"], 1, "51 steps asked for; this model's schedule has between 1 and 50"),
+    ([HOUSE, "--sigmas", "karas"], 1, "Unknown choice of sigmas 'karas': ldm knows spaced, karras, exponential, beta"),
+    ([HOUSE, "--sigmas", "karas"], 1, "Did you mean 'karras'?"),
+    ([HOUSE, "--sigmas", "9,1,b"], 2, "--sigmas must be a name or numbers with commas between them, not '9,1,b'."),
+    ([HOUSE, "--sigmas", "1,9"], 1, "sigmas must be 2 or more falling numbers, none below 0: not [1.0, 9.0]"),
+    ([HOUSE, "--sigmas", "9"], 1, "sigmas must be 2 or more falling numbers"),
+    ([HOUSE, "--sigmas", "9,1,0", "--steps", "3"], 1, "3 steps asked for, but the sigmas given make 2: leave one of"),
+    ([HOUSE, "--timesteps", "3,900"], 1, "timesteps must be 1 or more falling numbers, none below 0, at most 999"),
+    ([HOUSE, "--timesteps", "1000,3"], 1, "at most 999: not [1000.0, 3.0]"),
+    ([HOUSE, "--timesteps", "many"], 2, "--timesteps must be numbers with commas between them, not 'many'"),
+    ([HOUSE, "--timesteps", "9,1", "--steps", "3"], 1, "3 steps asked for, but the timesteps given make 2"),
+    ([HOUSE, "--timesteps", "9", "--sigmas", "karras"], 1, "Both timesteps and sigmas are given: a schedule takes one"),
     ([HOUSE, "--clip-skip", "3"], 1, "clip_skip 3 asked for, but the text encoder has 2 layers"),
     ([HOUSE, "--dtype", "flaot16"], 2, "not 'flaot16'. Did you mean 'float16'?"),
     ([HOUSE, "--device", "cuad"], 1, "Unknown device 'cuad': ldm knows cpu, cuda, mps. Did you mean 'cuda'?"),
@@ -538,6 +601,140 @@ def test_the_nearest_model_is_named(cli, monkeypatch, model):
     found = cli("generate", HOUSE, "--model", "sceens", status=1)
     assert "There is no model 'sceens'" in found.err and "Did you mean 'scenes'?" in found.err
     assert cli("generate", HOUSE, "--out", "a.png", model=None).lines == ["a.png"]  # and scenes is the default
+
+
+# ---------------------------------------------------------------------------------------------- samplers, schedules
+
+
+def test_samplers_lists_every_one(cli):
+    found = cli("samplers")
+    assert found.out == table() + "\n"
+    assert [line.split()[0] for line in found.lines[1:]] == list(SAMPLERS)
+
+
+@pytest.fixture
+def no_weights(model, tmp_path):
+    """A model's folder of which only the files are left that say what its levels are."""
+    folder = tmp_path / "levels"
+    shutil.copytree(model / "scheduler", folder / "scheduler")
+    shutil.copy(model / "ldm.json", folder)
+    return folder
+
+
+def test_schedule_prints_the_table_that_a_run_takes_and_reads_no_weights(cli, no_weights, model):
+    """`ldm schedule` says before what `pipe.steps` does then."""
+    pipe = ldm.load(model)
+    for words, chosen in [
+        ([], {}),
+        (["--steps", 7, "--sampler", "heun"], {"steps": 7, "sampler": "heun"}),
+        (["--steps", 7, "--sampler", "heun", "--compat"], {"steps": 7, "sampler": "heun", "compat": True}),
+        (["--rule", "unipc", "--sigmas", "karras"], {"rule": "unipc", "sigmas": "karras"}),
+        (["--sigmas", "14.6,2,0"], {"sigmas": [14.6, 2, 0]}),
+        (["--timesteps", "900,400.5,3", "--rule", "tcd"], {"timesteps": [900, 400.5, 3], "rule": "tcd"}),
+    ]:
+        head, *rows = cli("schedule", "--model", no_weights, *words).lines
+        steps = list(pipe.steps(HOUSE, **chosen))
+        visited = [steps[0].level, *(step.next for step in steps)]
+        assert rows == pipe.schedule(**chosen).table().splitlines() and len(rows) == len(visited) + 1
+        for row, level in zip(rows[1:], visited, strict=True):
+            found = [float(word) for word in row.split()]
+            assert found[:4] == pytest.approx(level, abs=1e-3) and found[4] == pytest.approx(level.ratio, rel=1e-3)
+        settings = pipe.settings(HOUSE, **chosen)
+        assert head.startswith(f"rule {settings.rule}, sigmas ") and f"sampler {settings.sampler}, " in head
+        assert f"{len(steps)} steps" in head and head.endswith("as diffusers does") == settings.compat
+    assert cli("schedule", "--model", no_weights).lines[0] == "rule ddim, sigmas spaced, sampler dpm++2m, 3 steps"
+
+
+def test_schedule_says_where_diffusers_steps_land(cli, no_weights):
+    words = ["schedule", "--model", no_weights, "--sampler", "ddim", "--steps", 3]
+    (no_weights / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "clip_sample": false}'
+    )
+    assert [line.split()[1] for line in cli(*words).lines[2:]] == ["999.000", "666.000", "332.000", "0.000"]
+    assert cli(*words, "--compat").lines[-1] == "but diffusers' steps land on t = 666, 333, 0"
+
+
+def test_schedule_plots_every_row(cli, no_weights, monkeypatch):
+    """The points of the figure are the table's; a row that no logarithm holds is an arrow."""
+    figures, plot = [], schedule.plot
+    monkeypatch.setattr(schedule, "plot", lambda *rest: figures.append(plot(*rest)) or figures[-1])
+    assert cli("schedule", "--model", no_weights, "--compat", "--steps", 9, "--plot", "a.png").lines == ["a.png"]
+    image = pixels("a.png")
+    assert image.shape[1] > 1500 and 0.01 < (image.min(axis=2) < 200).mean() < 0.3
+    with Image.open("a.png") as saved:
+        colors = {color for _, color in saved.getcolors(1 << 24)}
+    assert {tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (schedule.BLUE, schedule.RED)} <= colors
+    title, (mix, ratio, time) = figures[0].get_suptitle(), figures[0].axes
+    assert (
+        title
+        == read_settings("a.png")["plot"]
+        == "rule dpm, sigmas spaced, sampler dpm++2m, 9 steps, as diffusers does"
+    )
+    config, _ = loading.read_schedule(no_weights)
+    levels = make_schedule(config, 9, "dpm").levels
+    assert [line.get_ydata().tolist() for line in mix.lines] == [[r.alpha for r in levels], [r.sigma for r in levels]]
+    assert time.lines[0].get_ydata().tolist() == [r.t for r in levels]
+    assert ratio.get_yscale() == "log" and ratio.lines[0].get_ydata().tolist() == [r.ratio for r in levels[:-1]]
+    assert levels[-1].ratio == 0 and [each.get_text() for each in ratio.texts] == ["0"]
+
+
+def test_a_plot_replaces_a_plot_and_nothing_else(cli, no_weights, monkeypatch):
+    words = ["schedule", "--model", no_weights, "--plot"]
+    cli(*words, "a.png")
+    cli(*words, "a.png", "--steps", 5)
+    assert "5 steps" in read_settings("a.png")["plot"]
+    Image.new("RGB", (4, 4)).save("photo.png")
+    cli("generate", HOUSE, "--out", "house.png")
+    for name in ("photo.png", "house.png"):
+        before = Path(name).read_bytes()
+        assert f"{name} is there already and is no plot by ldm: choose" in cli(*words, name, status=1).err
+        assert Path(name).read_bytes() == before
+    assert "--plot a.jpg must end in .png" in cli(*words, "a.jpg", status=1).err
+    assert "the folder no does not exist" in cli(*words, "no/a.png", status=1).err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    found = cli(*words, "b.png", status=1).err
+    assert found == "ldm: --plot needs matplotlib: python -m pip install matplotlib.\n" and not Path("b.png").exists()
+
+
+@pytest.mark.parametrize(
+    "words, status, sentence",
+    [
+        (["--model", "sceens"], 1, "There is no model 'sceens'"),
+        (["--model", "empty"], 1, "empty/scheduler/scheduler_config.json does not exist"),
+        (["--sampler", "eulr"], 1, "Did you mean 'euler'?"),
+        (["--rule", "dmp"], 1, "Did you mean 'dpm'?"),
+        (["--sigmas", "ay"], 1, "Did you mean 'ays'?"),
+        (["--steps", "1001"], 1, "1001 steps asked for; this model's schedule has between 1 and 1000"),
+        (["--timesteps", "5,6"], 1, "falling numbers"),
+        (["--eta", "1"], 2, "Unknown option --eta"),
+        (["--stepps", "1"], 2, "Did you mean '--steps'?"),
+    ],
+)
+def test_schedule_sentences(cli, no_weights, words, status, sentence):
+    Path("empty").mkdir()
+    words = words if "--model" in words else ["--model", no_weights, *words]
+    found = cli("schedule", *words, status=status)
+    assert found.err.startswith("ldm: ") and found.err.count("\n") == 1 and sentence in found.err and found.out == ""
+
+
+def test_help_names_every_rule_and_choice(cli):
+    """By hand, for `--help` imports no torch."""
+    text = " ".join(cli("schedule", "--help").out.split())
+    assert f"does: {', '.join(RULES)} " in text and f"sigma/alpha: {', '.join(CHOICES)};" in text
+
+
+def test_evaluate_hands_the_levels_on(cli, model, monkeypatch):
+    calls = []
+    monkeypatch.setattr("ldm.metrics.evaluation.evaluate", lambda *rest, **options: calls.append((rest[1:], options)))
+    words = ["evaluate", "--model", model, "--count", 3]
+    cli(*words)
+    cli(*words, "--sampler", "euler", "--sigmas", "9,1,0", "--guidance", 0, "--compat", "--out", "o", "--batch", 2)
+    assert calls[0] == ((3, None), {"batch": 20})
+    options = {"sampler": "euler", "sigmas": [9.0, 1.0, 0.0], "guidance": 0.0, "compat": True, "batch": 2}
+    assert calls[1] == ((3, Path("o")), options)
+    assert "Did you mean 'euler'?" in cli(*words, "--sampler", "eulr", status=1).err
+    assert "1001 steps asked for" in cli(*words, "--steps", 1001, status=1).err
+    assert len(calls) == 2
 
 
 # ---------------------------------------------------------------------------------------------- damaged models
@@ -641,7 +838,7 @@ def test_a_bar_where_someone_looks(cli, monkeypatch):
     assert options.progress(5).disable  # and none where nobody does
 
 
-def test_help_names_every_sampler_and_imports_no_torch():
+def test_help_names_samplers_and_imports_no_torch():
     code = "import sys; from ldm.cli import main; main(['generate', '--help']); assert 'torch' not in sys.modules"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
@@ -784,7 +981,7 @@ def test_train_export(cli, monkeypatch):
         Path("r", stage).mkdir(parents=True)
         Path("r", stage, "model.safetensors").touch()
     found = cli("train", "export", "--run", "r", "--to", "w/m", "--name", "second", "--steps", 9, "--guidance", 3)
-    assert calls == [(Path("r"), Path("w/m"), {"steps": 9, "guidance": 3.0, "sampler": "dpm++"}, "second")]
+    assert calls == [(Path("r"), Path("w/m"), {"steps": 9, "guidance": 3.0, "sampler": "dpm++2m"}, "second")]
     assert found.lines == ["w/m"] and Path("w").is_dir()
 
 

@@ -17,7 +17,8 @@ from ldm.guidance import classifier_free, conditional, denoiser, halves_together
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.noise import Noise
-from ldm.samplers import ddim, sample
+from ldm.samplers import SAMPLERS
+from ldm.sampling import sample
 from ldm.schedules import ScheduleConfig, make_schedule
 
 pytestmark = pytest.mark.slow
@@ -59,7 +60,7 @@ def test_one_guided_step_of_stable_diffusion_equals_diffusers():
     del reference
     denoise = denoiser(classifier_free(halves_together(conditional(unet, torch.cat([uncond, cond]))), SCALE), "epsilon")
     schedule = make_schedule(ScheduleConfig.from_json(SCHEDULER), STEPS)
-    step = next(sample(denoise, x, schedule, ddim, Noise.from_seeds([0])))
+    step = next(sample(denoise, x, schedule, SAMPLERS["ddim"].step, Noise.from_seeds([0])))
     # Guidance multiplies the rounding of the two predictions, and dividing by alpha (0.07 here) that of x0.
     assert_close(step.cond, noise_text, 1e-5)
     assert_close(step.uncond, noise_uncond, 1e-5)

@@ -74,6 +74,8 @@ pipe = ldm.load(sys.argv[1])
 for sampler in SAMPLERS:
     result = pipe("a large red house", sampler=sampler, steps=2, width=32, height=24)
     assert result.images[0].size == (32, 24) and result.x0.std() > 0.1, sampler
+for levels in ({"sigmas": "karras", "rule": "dpm"}, {"timesteps": [900, 300]}, {"compat": True, "sampler": "unipc2"}):
+    assert pipe("a large red house", steps=2, width=32, height=24, **levels).x0.std() > 0.1, levels
 
 picture, words = scenes.draw(seed=7)
 image = to_tensor(picture.image[None, :32, :32])
@@ -84,6 +86,8 @@ assert x0.shape == (1, 4, 4, 4) and pipe.decode(x0)[0].size == (32, 32)
 command = ["generate", words, "--model", sys.argv[1], "--steps", "2", "--width", "16", "--height", "16"]
 assert main([*command, "--out", "picture.png", "--save-steps", "steps"]) == 0
 assert main(["rerun", "picture.png"]) == 0
+assert main(["samplers"]) == 0
+assert main(["schedule", "--steps", "3", "--sigmas", "exponential"]) == 0
 open("prompts.txt", "w").write(words + "\\na tree\\n")
 assert main(["generate", "--prompts", "prompts.txt", *command[2:], "--out", "pictures/"]) == 0
 assert main(["evaluate", "--count", "2", "--steps", "2", "--out", "seen"]) == 0
@@ -224,8 +228,10 @@ MAY_IMPORT = {  # the folders follow the road: each station knows those before i
     "ldm.config": ("ldm.errors",),
     "ldm.diffusion": ("ldm.errors",),
     "ldm.noise": ("ldm.errors",),
-    "ldm.schedules": ALGEBRA,
-    "ldm.samplers": (*ALGEBRA, "ldm.noise", "ldm.schedules"),
+    "ldm.schedules": (*ALGEBRA, "ldm.schedules"),
+    "ldm.sampling": (*ALGEBRA, "ldm.noise", "ldm.schedules"),
+    "ldm.samplers": (*ALGEBRA, "ldm.noise", "ldm.schedules", "ldm.sampling", "ldm.samplers"),
+    "ldm.settings": (*ALGEBRA, "ldm.noise", "ldm.schedules", "ldm.sampling", "ldm.samplers"),
     "ldm.models": ("ldm.errors", "ldm.config", "ldm.models"),
     "ldm.text": ("ldm.errors", "ldm.config", "ldm.io", "ldm.text"),
     "ldm.io": ("ldm.errors", "ldm.io"),
@@ -277,6 +283,6 @@ def test_the_reference_is_imported_nowhere_else():
 
 
 def test_the_import_parser_sees_what_it_should():
-    assert {"ldm.samplers", "ldm.models.unet", "ldm.text.clip"} <= imported("ldm.pipeline")
+    assert {"ldm.samplers", "ldm.sampling", "ldm.models.unet", "ldm.text.clip"} <= imported("ldm.pipeline")
     assert {"torch", "ldm", "PIL"} <= imported("ldm.pipeline", everything=True)
     assert "ldm.scenes.world" in imported("ldm.scenes")  # relative imports

@@ -1,19 +1,22 @@
 """Folders: every layout that diffusers and transformers write or wrote, and a sentence for each that is no model."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler
-from tiny_pairs import PROMPT
+from diffusers import AutoencoderKL
+from tiny_pairs import PROMPT, SD
 
 import ldm
 from ldm import loading
 from ldm.errors import LDMError
 from ldm.io.folders import read_json
 from ldm.io.weights import read_tensors, save_weights
+from ldm.schedules.config import CLASSES
 from ldm.text.tokenizer import has_ftfy
 
 SMALL = {"steps": 2, "width": 16, "height": 16}
@@ -116,21 +119,82 @@ def test_parts_that_take_no_part_in_drawing_are_passed_over_with_a_line(models, 
     ]
 
 
-def test_pndm_is_drawn_with_ddim_and_said(models, folder, capsys):
-    """Stable Diffusion 1's own scheduler file."""
-    PNDMScheduler.from_config(models.reference("sd1").scheduler.config, skip_prk_steps=True).save_pretrained(
-        folder / "scheduler"
-    )
-    assert draws_what_the_plain_folder_draws(models, folder)
-    assert capsys.readouterr().err == (
-        f"{folder}: its file names PNDM, a sampler that ldm lacks; DDIM draws on the same noise levels.\n"
-    )
+# A class: the sampler and the rule that its file means, with which fields.
+SCHEDULERS = {
+    "DDPMScheduler": [("ddpm", "ddpm", {})],
+    "DDIMScheduler": [("ddim", "ddim", {})],
+    "PNDMScheduler": [("plms", "ddim", {"skip_prk_steps": True}), ("pndm", "ddim", {})],  # the first is SD 1's own
+    "EulerDiscreteScheduler": [("euler", "euler", {}), ("euler", "euler", {"use_karras_sigmas": True})],
+    "EulerAncestralDiscreteScheduler": [("euler-a", "heun", {})],
+    "HeunDiscreteScheduler": [("heun", "heun", {})],
+    "LMSDiscreteScheduler": [("lms", "heun", {})],
+    "KDPM2DiscreteScheduler": [("dpm2", "dpm2", {})],
+    "KDPM2AncestralDiscreteScheduler": [("dpm2-a", "dpm2", {})],
+    "DPMSolverMultistepScheduler": [
+        ("dpm++2m", "dpm", {}),
+        ("dpm++3m", "dpm", {"solver_order": 3}),
+        ("dpm++2m-sde", "dpm", {"algorithm_type": "sde-dpmsolver++"}),
+        ("dpm2m", "dpm", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    ],
+    "DPMSolverSinglestepScheduler": [("dpm++2s", "singlestep", {})],
+    "DEISMultistepScheduler": [("deis2", "deis", {}), ("deis3", "deis", {"solver_order": 3})],
+    "UniPCMultistepScheduler": [
+        ("unipc2", "unipc", {}),
+        ("unipc3-bh1", "unipc", {"solver_order": 3, "solver_type": "bh1"}),
+    ],
+    "LCMScheduler": [("lcm", "lcm", {})],
+    "TCDScheduler": [("tcd", "tcd", {})],
+    "FlowMatchEulerDiscreteScheduler": [("euler", "flow", {}), ("euler", "flow", {"shift": 3.0})],
+    "FlowMatchHeunDiscreteScheduler": [("flow-heun", "flow", {})],
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_scheduler_files_of_every_class_are_read_and_drawn_with_their_own_sampler(folder, name, capsys):
+    """As diffusers writes them, every field of them; nothing is said of a sampler that ldm lacked."""
+    drawn = []
+    for sampler, rule, fields in SCHEDULERS[name]:
+        cls = getattr(diffusers, name)
+        known = inspect.signature(cls.__init__).parameters
+        saved = {key: value for key, value in {**SD, "clip_sample": False, **fields}.items() if key in known}
+        cls(**saved).save_pretrained(folder / "scheduler")
+        pipe = ldm.load(folder)
+        config, defaults = loading.read_schedule(folder)
+        assert (config, defaults) == (pipe.scheduler, pipe.defaults)
+        few = SMALL | {"steps": 6}  # enough to tell the orders apart
+        settings = pipe.settings(PROMPT, **few)
+        assert (settings.sampler, settings.rule) == (sampler, rule)
+        own, named = (pipe(PROMPT, **few, **more).x0 for more in ({}, {"sampler": sampler, "rule": rule}))
+        assert torch.equal(own, named) and own.std() > 0.1
+        drawn.append(own)
+    assert capsys.readouterr().err == ""
+    assert len({x.sum().item() for x in drawn}) == len(drawn)
+
+
+def test_every_class_of_diffusers_that_ldm_knows_is_tested_above():
+    assert CLASSES.keys() == SCHEDULERS.keys()
+
+
+def test_minus_infinity_is_read_in_the_scheduler_s_file_alone(folder):
+    """JSON has no such number; diffusers writes it nevertheless, there."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    diffusers.DPMSolverMultistepScheduler(**SD).save_pretrained(folder / "scheduler")
+    text = path.read_text()
+    assert '"lambda_min_clipped": -Infinity' in text and ldm.load(folder).scheduler.sampler == "dpm++2m"
+    for number in ("Infinity", "NaN"):
+        path.write_text(text.replace("-Infinity", number))
+        with pytest.raises(LDMError, match=f"scheduler_config.json is not acceptable JSON .{number} is not a JSON"):
+            ldm.load(folder)
+    path.write_text(text)
+    (folder / "ldm.json").write_text('{"guidance": -Infinity}')
+    with pytest.raises(LDMError, match=r"ldm.json is not acceptable JSON .-Infinity is not a JSON number"):
+        ldm.load(folder)
 
 
 def test_defaults_are_read_from_ldm_json(folder):
-    (folder / "ldm.json").write_text('{"steps": 3, "guidance": 2.5, "sampler": "dpm++", "width": 24}')
+    (folder / "ldm.json").write_text('{"steps": 3, "guidance": 2.5, "sampler": "dpm++2m", "width": 24}')
     settings = ldm.load(folder).settings(PROMPT)
-    assert (settings.steps, settings.guidance, settings.sampler) == (3, 2.5, "dpm++")
+    assert (settings.steps, settings.guidance, settings.sampler) == (3, 2.5, "dpm++2m")
     assert (settings.width, settings.height) == (24, 64)
 
 
@@ -216,8 +280,16 @@ BROKEN = {
         "tokenizer is a T5Tokenizer; ldm knows CLIPTokenizer and CLIPTokenizerFast",
     ),
     "another scheduler": (
-        config("scheduler", _class_name="LCMScheduler"),
-        "The scheduler file names 'LCMScheduler'; ldm knows DDPMScheduler",
+        config("scheduler", _class_name="DDIMSheduler"),
+        r"The scheduler file names 'DDIMSheduler'; ldm knows DDPMScheduler, .* Did you mean 'DDIMScheduler'\?",
+    ),
+    "a scheduler's field unknown": (
+        config("scheduler", betas_of_mine=3),
+        "scheduler has a field that ldm doesn't know: 'betas_of_mine' = 3",
+    ),
+    "a variant of a sampler": (
+        config("scheduler", _class_name="DPMSolverMultistepScheduler", solver_type="heun"),
+        "ldm's DPMSolverMultistepScheduler has solver_type midpoint",
     ),
     "no part's folder": (remove("vae"), "vae/config.json does not exist"),
     "no tokenizer": (remove("tokenizer"), "There is no tokenizer folder"),

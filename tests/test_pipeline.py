@@ -5,7 +5,8 @@ schedulers are recompiled in it (`reference.in_float64`). The first latents are 
 """
 
 import json
-from functools import partial
+import logging
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,9 +14,20 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
+    TCDScheduler,
+    UniPCMultistepScheduler,
 )
 from diffusers.utils.torch_utils import randn_tensor
 from reference import assert_close, normal, scheduler_of
@@ -25,16 +37,38 @@ import ldm
 
 every_model = pytest.mark.parametrize("name", MODELS)
 
-SAMPLERS = {  # name -> diffusers' class, the end of its schedule, what its step is told besides
+SAMPLERS = {  # name -> diffusers' class, what makes it this sampler and its schedule's end, what its step is told
     "ddim": (DDIMScheduler, {"set_alpha_to_one": False}, {}),
     "ddim to alpha 1": (DDIMScheduler, {"set_alpha_to_one": True}, {}),
     "ddim eta=0.6": (DDIMScheduler, {"set_alpha_to_one": False}, {"eta": 0.6}),
     "ddim eta=1": (DDIMScheduler, {}, {"eta": 1.0}),
     "ddpm": (DDPMScheduler, {}, {}),
     "euler": (EulerDiscreteScheduler, {}, {}),
-    "dpm++": (DPMSolverMultistepScheduler, {}, {}),
+    "euler-a": (EulerAncestralDiscreteScheduler, {}, {}),
+    "heun": (HeunDiscreteScheduler, {}, {}),
+    "dpm2": (KDPM2DiscreteScheduler, {}, {}),
+    "dpm2-a": (KDPM2AncestralDiscreteScheduler, {}, {}),
+    "lms": (LMSDiscreteScheduler, {}, {}),
+    "lms karras": (LMSDiscreteScheduler, {"use_karras_sigmas": True}, {}),
+    "plms": (PNDMScheduler, {"skip_prk_steps": True}, {}),
+    "pndm": (PNDMScheduler, {}, {}),
+    "dpm++2m": (DPMSolverMultistepScheduler, {}, {}),
+    "dpm++2m karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, {}),
+    "dpm++3m": (DPMSolverMultistepScheduler, {"solver_order": 3}, {}),
+    "dpm++2m-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "dpm++3m-sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, {}),
+    "dpm2m": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, {}),
+    "dpm++2s": (DPMSolverSinglestepScheduler, {}, {}),
+    "deis2": (DEISMultistepScheduler, {}, {}),
+    "deis3": (DEISMultistepScheduler, {"solver_order": 3}, {}),
+    "unipc2": (UniPCMultistepScheduler, {}, {}),
+    "unipc3": (UniPCMultistepScheduler, {"solver_order": 3}, {}),
+    "lcm": (LCMScheduler, {}, {}),
+    "tcd": (TCDScheduler, {}, {"eta": 0.3}),
 }
-TABLES = [("leading", 2), ("linspace", 3), ("trailing", 6)]  # test_samplers.py has hundreds
+LOOSE = {"ddpm": 1e-9}  # REFERENCE_DEFECTS.md, 5
+SWAPPED = ("plms", "heun", "unipc2", "deis2", "dpm++2m-sde", "dpm2-a")  # on the embedded model, a few of many
+TABLES = [("leading", 2), ("linspace", 3), ("trailing", 6)]  # test_sampler_parity.py has hundreds
 # Two prompts, two pictures of each, each prompt with a negative one of its own, twice as wide as high.
 RICH = {"prompt": [PROMPT, OTHERS[0]], "negative": ["fog", "a dog at dusk"], "count": 2, "height": 32, "width": 64}
 REQUESTS = {
@@ -68,7 +102,7 @@ def run_diffusers(pipe, scheduler, n, request, extra=None, clip_skip=None, laten
     In float64 diffusers would draw other noise; it is given the float32 one.
     """
     pipe.scheduler = scheduler
-    gs, found = generators(pictures_in(request)), []
+    gs, found, calls = generators(pictures_in(request)), {}, iter(range(10**6))
     if pipe.unet.dtype == torch.float64 and latents is None:
         size = [
             request.get(side) or pipe.unet.config.sample_size * pipe.vae_scale_factor for side in ("height", "width")
@@ -88,18 +122,41 @@ def run_diffusers(pipe, scheduler, n, request, extra=None, clip_skip=None, laten
         latents=latents,
         clip_skip=clip_skip,
         output_type="np",
-        callback_on_step_end=lambda pipe, i, t, tensors: found.append(tensors["latents"]) or {},
+        callback_on_step_end=lambda pipe, i, t, tensors: found.update({next(calls): tensors["latents"]}) or {},
         **(extra or {}),
     )
-    if "Euler" in type(scheduler).__name__:  # it works on x / alpha
-        found = [x / (sigma**2 + 1) ** 0.5 for x, sigma in zip(found, scheduler.sigmas[1:], strict=True)]
+    found = [found[k] for k in ends(scheduler, n) if k in found]
+    if type(scheduler).__name__.startswith(OF_RATIO):
+        found = [x / (sigma**2 + 1) ** 0.5 for x, sigma in zip(found, landed(scheduler, n), strict=True)]
     return found, (out.images * 255).round()
 
 
+OF_RATIO = ("Euler", "Heun", "LMS", "KDPM2")  # they work on x / alpha
+TWICE = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+
+
+def ends(scheduler, n):
+    """Which of diffusers' calls, one for each evaluation, end a step."""
+    name = type(scheduler).__name__
+    if name in TWICE:
+        return [*range(1, 2 * n - 2, 2), 2 * n - 2]
+    if name != "PNDMScheduler":
+        return list(range(n))
+    if scheduler.config.skip_prk_steps:  # its first step takes two evaluations
+        return list(range(1, n + 1))
+    return [3, 7, *range(11, 9 + n)]  # and the first three of all of PNDM four each
+
+
+def landed(scheduler, n):
+    """sigma / alpha behind every step, of which two evaluations make two rows in diffusers' table."""
+    if type(scheduler).__name__ in TWICE:
+        return scheduler.sigmas[[*range(1, 2 * n - 2, 2), -1]]
+    return scheduler.sigmas[1:]
+
+
 def run_ours(pipe, n, request, extra=None, clip_skip=0, latents=None, compat=True):
-    if compat:
-        pipe.schedule = partial(pipe.schedule, compat=True)
-    steps = list(pipe.steps(**request, **(extra or {}), seed=5, steps=n, clip_skip=clip_skip, latents=latents))
+    options = {**request, **(extra or {}), "seed": 5, "steps": n, "compat": compat}
+    steps = list(pipe.steps(**options, clip_skip=clip_skip, latents=latents))
     return [step.x for step in steps], np.stack([np.asarray(image) for image in pipe.decode(steps[-1].x)])
 
 
@@ -125,6 +182,18 @@ def scheduler_like(name, model, spacing, n, dtype):
     return scheduler_of(cls, fields, n, dtype), extra
 
 
+@contextmanager
+def quiet():
+    """Without diffusers' warnings; and what it makes of whole numbers (LCM's timesteps) in float64 too."""
+    logging.disable(logging.WARNING)
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        torch.set_default_dtype(torch.float32)
+
+
 # ---------------------------------------------------------------------------------------------------- float64
 
 
@@ -132,10 +201,14 @@ def scheduler_like(name, model, spacing, n, dtype):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guided_runs_equal_diffusers_in_float64(models, name, sampler):
     for spacing, n in TABLES:
+        n += 4 * (sampler == "pndm")  # diffusers' Runge-Kutta steps need four rows (REFERENCE_DEFECTS.md, 9)
         scheduler, extra = scheduler_like(sampler, name, spacing, n, torch.float64)
-        latents, pixels = run_diffusers(models.reference(name, torch.float64), scheduler, n, RICH, extra)
-        ours = run_ours(with_scheduler(models.ours(name, torch.float64), scheduler), n, RICH, extra)
-        equal(ours[0], latents, 1e-9 if sampler == "ddpm" else 1e-11)  # ddpm: REFERENCE_DEFECTS.md, 5
+        pipe = with_scheduler(models.ours(name, torch.float64), scheduler)
+        assert sampler.startswith(pipe.scheduler.sampler)
+        with quiet():
+            latents, pixels = run_diffusers(models.reference(name, torch.float64), scheduler, n, RICH, extra)
+        ours = run_ours(pipe, n, RICH, extra)
+        equal(ours[0], latents, LOOSE.get(sampler, 1e-11))
         same_pixels(ours[1], pixels)
 
 
@@ -166,7 +239,7 @@ def test_default_step_count_size_and_scheduler_are_the_folder_s(models, name):
     same_pixels(ours[1], pixels)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "ddpm", "heun", "lms", "unipc2"])
 def test_given_latents_equal_diffusers_in_float64(models, sampler):
     """They are taken as unit noise and scaled by the schedule (Euler's begins at sigma, not 1), and left unchanged."""
     x = normal(9, 2, 4, 4, 6, dtype=torch.float64)
@@ -199,7 +272,7 @@ def test_in_float32_we_draw_the_same_noise_and_are_as_near_the_truth_as_diffuser
     Our error against float64, root mean square over all samplers and steps, is at most twice diffusers' own.
     """
     squares, count = np.zeros(2), 0
-    runs = [("ddim", "leading", 5), ("ddpm", "trailing", 4), ("euler", "linspace", 6), ("dpm++", "leading", 6)]
+    runs = [("ddim", "leading", 5), ("ddpm", "trailing", 4), ("euler", "linspace", 6), ("dpm++2m", "leading", 6)]
     for sampler, spacing, n in runs:
         scheduler, extra = scheduler_like(sampler, name, spacing, n, torch.float64)
         truth, _ = run_diffusers(models.reference(name, torch.float64), scheduler, n, RICH, extra)
@@ -270,16 +343,19 @@ def test_diffusers_draws_the_embedded_model_s_pictures(both_scenes):
 
 
 @scenes
-@pytest.mark.parametrize("sampler", ["ddpm", "euler", "dpm++", "ddim eta=0.6"])
+@pytest.mark.parametrize("sampler", ["ddpm", "euler", "dpm++2m", "ddim eta=0.6", *SWAPPED])
 def test_every_sampler_on_the_embedded_model_equals_diffusers(both_scenes, sampler):
     """A scheduler swapped in by `from_config`, as diffusers' users do, and ours with the rule of its class."""
     reference, pipe = both_scenes
-    cls, _, extra = SAMPLERS[sampler]
+    cls, own, extra = SAMPLERS[sampler]
     saved = json.loads((SCENES / "scheduler" / "scheduler_config.json").read_text())
-    scheduler = cls.from_config(saved)
+    scheduler = cls.from_config(saved, **own)
     request = {"prompt": WORDS[:1], "negative": ["a fish"], "guidance": 4.0}
     theirs = run_diffusers(reference, scheduler, 6, request, extra)
-    ours = run_ours(with_scheduler(pipe, scheduler), 6, request, extra)
+    same_file = run_ours(with_scheduler(pipe, scheduler), 6, request, extra)
+    # Our users only name the sampler: `compat` takes the rule of its class, as `from_config` does.
+    ours = run_ours(pipe, 6, request, {"sampler": sampler.split()[0], **extra})
+    assert all(torch.equal(a, b) for a, b in zip(ours[0], same_file[0], strict=True))
     equal(ours[0], theirs[0], 1e-3)  # guidance amplifies float32's rounding
     same_pixels(ours[1], theirs[1], most=1)
 
@@ -295,10 +371,8 @@ def exact_scenes():
 def scenes_scheduler(sampler, spacing, n, dtype=torch.float64):
     """diffusers' scheduler of that sampler over the embedded model's own betas."""
     saved = json.loads((SCENES / "scheduler" / "scheduler_config.json").read_text())
-    cls, _, extra = SAMPLERS[sampler]
-    known = cls.__init__.__wrapped__.__code__.co_varnames
-    fields = {k: v for k, v in saved.items() if k in known} | {"timestep_spacing": spacing}
-    return scheduler_of(cls, fields, n, dtype), extra
+    cls, own, extra = SAMPLERS[sampler]
+    return scheduler_of(cls, {**saved, **own, "timestep_spacing": spacing}, n, dtype), extra
 
 
 SCENES_REQUESTS = {
@@ -311,7 +385,7 @@ SCENES_REQUESTS = {
 @scenes
 @pytest.mark.parametrize("what", SCENES_REQUESTS)
 @pytest.mark.parametrize("spacing, n", TABLES)
-@pytest.mark.parametrize("sampler", ["ddim", "ddim eta=0.6", "ddpm", "euler", "dpm++"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddim eta=0.6", "ddpm", "euler", "dpm++2m", "heun", "unipc2"])
 def test_runs_of_the_embedded_model_equal_diffusers_in_float64(exact_scenes, sampler, spacing, n, what):
     reference, pipe = exact_scenes
     scheduler, extra = scenes_scheduler(sampler, spacing, n)
@@ -324,7 +398,7 @@ def test_runs_of_the_embedded_model_equal_diffusers_in_float64(exact_scenes, sam
 @scenes
 def test_the_embedded_model_s_float32_error_is_at_most_twice_diffusers_own(both_scenes, exact_scenes):
     squares = np.zeros(2)
-    for sampler, spacing, n in [("ddim", "leading", 5), ("ddpm", "trailing", 4), ("dpm++", "linspace", 6)]:
+    for sampler, spacing, n in [("ddim", "leading", 5), ("ddpm", "trailing", 4), ("dpm++2m", "linspace", 6)]:
         request = SCENES_REQUESTS["negative"]
         scheduler, extra = scenes_scheduler(sampler, spacing, n)
         truth, _ = run_diffusers(exact_scenes[0], scheduler, n, request, extra)

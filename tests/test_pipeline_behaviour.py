@@ -14,15 +14,34 @@ from tiny_pairs import PROMPT, SCENES, scenes
 
 import ldm
 from ldm.errors import LDMError
+from ldm.guidance import (
+    all_of,
+    classifier_free,
+    conditional,
+    halves_apart,
+    halves_together,
+    perpendicular_negative,
+    rescaled,
+    within,
+)
 from ldm.noise import Noise
-from ldm.pipeline import OF_RULE, Defaults, Pipeline, Settings
+from ldm.pipeline import Pipeline
 from ldm.samplers import SAMPLERS
-from ldm.schedules import SPACINGS
+from ldm.schedules import RULES, ScheduleConfig, make_schedule
+from ldm.schedules.config import CLASSES, SOLVERS
+from ldm.settings import Defaults, Settings
 
 README = Path(__file__).parent.parent / "README.md"
 N = 5
 SMALL = {"steps": N, "width": 32, "height": 24}
-WAYS = {name: {"sampler": name} for name in SAMPLERS} | {"ddim eta=1": {"sampler": "ddim", "eta": 1.0}}
+WAYS = {name: {"sampler": name} for name in SAMPLERS} | {
+    "ddim eta=1": {"sampler": "ddim", "eta": 1.0},
+    "tcd eta=1": {"sampler": "tcd", "eta": 1.0},
+    "as diffusers does": {"sampler": "unipc2", "compat": True},
+    "karras": {"sampler": "dpm++2m", "sigmas": "karras"},
+    "levels of one's own": {"sampler": "heun", "sigmas": [14.6, 6.0, 2.0, 0.7, 0.2, 0]},
+    "timesteps of one's own": {"sampler": "lms", "timesteps": [999, 700.5, 400, 150, 20]},
+}
 
 every_sampler = pytest.mark.parametrize("way", WAYS)
 
@@ -154,8 +173,9 @@ def test_pictures_drawn_together_equal_those_drawn_alone(pipe):
     assert abs(gray(batch.images) - images).max() <= 1 and images.std() > 20
     assert batch.settings == singly.settings
     assert batch.settings == Settings(
-        tuple(prompts), tuple(negatives), tuple(range(40, 46)), N, 7.5, "ddpm", 0.0, 32, 24
-    )
+        prompt=tuple(prompts), negative=tuple(negatives), seeds=tuple(range(40, 46)), steps=N, guidance=7.5,
+        sampler="ddpm", eta=0.0, width=32, height=24, rule="ddim", sigmas="spaced", timesteps=None, compat=False,
+    )  # fmt: skip
     assert len({image.tobytes() for image in images}) == 6
 
 
@@ -212,8 +232,196 @@ def test_what_the_caller_leaves_open_is_taken_from_the_model_s_defaults(pipe):
     assert (changed.steps, changed.guidance, changed.sampler, changed.width, changed.height) == (4, 0.0, "ddpm", 8, 8)
 
 
-def test_every_schedule_rule_has_its_sampler():
-    assert OF_RULE.keys() == SPACINGS.keys() and set(OF_RULE.values()) <= set(SAMPLERS)
+def test_every_file_has_its_sampler_and_every_sampler_its_rule():
+    assert {rule for rule, _, _ in CLASSES.values()} == set(RULES)
+    assert {name for _, name, _ in CLASSES.values() if name} | set(SOLVERS.values()) <= set(SAMPLERS)
+    assert {method.rule for method in SAMPLERS.values()} <= set(RULES)
+
+
+# ------------------------------------------------------------------------------------ the levels of noise
+
+FILES = {  # a scheduler file, and the sampler and rule that it means
+    "DDIMScheduler": ({}, "ddim", "ddim"),
+    "PNDMScheduler": ({"skip_prk_steps": True, "steps_offset": 1}, "plms", "ddim"),
+    "EulerDiscreteScheduler": ({}, "euler", "euler"),
+    "DPMSolverMultistepScheduler": ({"algorithm_type": "sde-dpmsolver++"}, "dpm++2m-sde", "dpm"),
+    "UniPCMultistepScheduler": ({"use_karras_sigmas": True}, "unipc2", "unipc"),
+}
+
+
+def with_file(pipe, name, **fields):
+    """The same parts with another scheduler file, and no defaults."""
+    config = ScheduleConfig.from_json({"_class_name": name, "beta_schedule": "scaled_linear", **fields})
+    return Pipeline(pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.vae, config)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_swapping_the_sampler_leaves_the_schedule(pipe, name):
+    fields, own, rule = FILES[name]
+    pipe = with_file(pipe, name, **fields)
+    assert (pipe.settings(PROMPT).sampler, pipe.settings(PROMPT).rule) == (own, rule)
+    expected, drawn = pipe.schedule(N), []
+    assert expected.rule == rule and expected.levels == make_schedule(pipe.scheduler, N).levels
+    for other in ("ddim", "heun", "dpm++2m"):
+        assert pipe.settings(PROMPT, sampler=other).rule == rule
+        assert pipe.schedule(N, sampler=other) == expected
+        steps = list(pipe.steps(PROMPT, sampler=other, **SMALL))
+        assert [step.level for step in steps] == list(expected.levels[:-1]) and steps[-1].next == expected[-1]
+        drawn.append(steps[-1].x)
+    assert len({x.sum().item() for x in drawn}) == 3
+
+
+def test_swapping_the_rule_leaves_the_sampler(pipe):
+    """Each rule's table is another one, and the sampler that walks it the file's."""
+    drawn, tables = [], set()
+    for rule in ("ddim", "euler", "dpm", "deis", "tcd"):
+        settings = pipe.settings(PROMPT, rule=rule, **SMALL)
+        assert (settings.sampler, settings.rule, settings.compat) == ("ddim", rule, False)
+        steps = list(pipe.steps(PROMPT, rule=rule, **SMALL))
+        expected = make_schedule(pipe.scheduler, N, rule).levels
+        assert [step.level for step in steps] == list(expected[:-1]) and steps[-1].next == expected[-1]
+        for step in steps:
+            after = step.next
+            assert_close(step.x, after.alpha * step.x0 + after.sigma * step.eps, 1e-5 * step.x.abs().max())
+        drawn.append(steps[-1].x.sum().item())
+        tables.add(expected)
+    assert len(set(drawn)) == len(tables) == 5
+
+
+def test_compat_takes_the_rule_of_the_sampler_s_class(pipe):
+    """That of the class a user of diffusers would have swapped in, unless a rule is named or it is the file's class."""
+    for name, method in SAMPLERS.items():
+        if method.rule != "flow":
+            expected = "ddim" if name == "ddim" else method.rule
+            assert pipe.settings(PROMPT, sampler=name, compat=True).rule == expected, name
+            assert pipe.settings(PROMPT, sampler=name).rule == "ddim", name
+            schedule = pipe.schedule(N, sampler=name, compat=True)
+            assert schedule.compat and schedule.levels == make_schedule(pipe.scheduler, N, expected, True).levels
+    assert pipe.settings(PROMPT, sampler="unipc2", compat=True, rule="euler").rule == "euler"
+    own = with_file(pipe, "DPMSolverSinglestepScheduler", solver_order=1)  # it means the sampler ddim
+    assert (own.settings(PROMPT, compat=True).sampler, own.settings(PROMPT, compat=True).rule) == ("ddim", "singlestep")
+    assert own.settings(PROMPT, sampler="plms", compat=True).rule == "ddim"
+
+
+def test_compat_does_as_diffusers_does(pipe):
+    """Trailing, its DDIM goes down by a stride that misses the next row (REFERENCE_DEFECTS.md, 1)."""
+    pipe = with_file(pipe, "DDIMScheduler", timestep_spacing="trailing")
+    plain, compat = (list(pipe.steps(PROMPT, compat=compat, **SMALL | {"steps": 7})) for compat in (False, True))
+    assert [step.level for step in plain] == [step.level for step in compat]
+    assert plain[0].next == plain[1].level and compat[0].next != compat[1].level
+    assert (plain[-1].x - compat[-1].x).abs().max() > 0.001
+
+
+def test_levels_of_one_s_own_are_visited(pipe):
+    sigmas, timesteps = [14.6, 3.0, 0.4, 0.0], torch.tensor([950.0, 500.5, 20.0])
+    by_sigma = list(pipe.steps(PROMPT, sigmas=sigmas, width=32, height=24))
+    visited = [*(step.level for step in by_sigma), by_sigma[-1].next]
+    assert [level.ratio for level in visited] == pytest.approx(sigmas)
+    by_t = list(pipe.steps(PROMPT, timesteps=timesteps, width=32, height=24))
+    assert [step.level.t for step in by_t] == [950.0, 500.5, 20.0] and len(by_t) == 3
+    karras = list(pipe.steps(PROMPT, sigmas="karras", **SMALL))
+    ratios = np.array([step.level.ratio for step in karras]) ** (1 / 7)
+    assert np.ptp(np.diff(ratios)) < 1e-9 and np.diff(ratios).max() < -0.1
+    settings = pipe.settings(PROMPT, timesteps=timesteps)
+    assert (settings.steps, settings.sigmas, settings.timesteps) == (3, "spaced", (950.0, 500.5, 20.0))
+    assert pipe.settings(PROMPT, sigmas=np.array(sigmas)).sigmas == tuple(sigmas)
+    named = Pipeline(pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.vae, pipe.scheduler, Defaults(sigmas="karras"))
+    assert named.settings(PROMPT).sigmas == "karras" and named.settings(PROMPT, sigmas="spaced").sigmas == "spaced"
+    assert named.schedule(N) == pipe.schedule(N, sigmas="karras") != pipe.schedule(N)
+    assert named.schedule(timesteps=[900, 5]) == pipe.schedule(timesteps=[900, 5])
+
+
+@pytest.mark.parametrize("options", [
+    {"steps": 4, "sampler": "tcd"}, {"sigmas": (9.0, 1.0, 0.0), "compat": True, "sampler": "heun"},
+    {"timesteps": (900, 400), "rule": "euler"}, {"sigmas": "beta", "sampler": "ddim", "eta": 0.5},
+])  # fmt: skip
+def test_settings_are_their_own_settings(pipe, options):
+    """What a picture's record holds, handed back, is the same again."""
+    settings = pipe.settings(PROMPT, seed=4, **options)
+    fields = {name: value for name, value in vars(settings).items() if name not in ("prompt", "negative", "seeds")}
+    assert pipe.settings(PROMPT, seed=4, **fields) == settings
+
+
+def test_eta_is_the_sampler_s_own_unless_it_is_said(pipe):
+    assert [pipe.settings(PROMPT, sampler=name).eta for name in ("ddim", "tcd", "heun")] == [0.0, 0.3, 0.0]
+    assert pipe.settings(PROMPT, sampler="tcd", eta=0).eta == 0
+    assert pipe.settings(PROMPT, sampler="heun", eta=0).eta == 0  # as a record says
+    unsaid, said, none = (pipe(PROMPT, sampler="tcd", **more, **SMALL).x0 for more in ({}, {"eta": 0.3}, {"eta": 0}))
+    assert torch.equal(unsaid, said) and (unsaid - none).abs().max() > 0.1
+    ddim = pipe(PROMPT, sampler="ddim", **SMALL).x0
+    assert_close(none, ddim, 1e-5 * ddim.abs().max())  # without noise, TCD's step is DDIM's
+
+
+# ------------------------------------------------------------------------------------ a network of one's own
+
+OTHER, FOG = "a small blue fish", "fog"
+
+
+def parts(pipe, *prompts):
+    """The network of each prompt, and the halves of all of them."""
+    networks = [conditional(pipe.unet, pipe.encode([prompt])) for prompt in prompts]
+    return networks, halves_together(conditional(pipe.unet, pipe.encode(prompts)), len(prompts))
+
+
+def rescaled_by_hand(u, c):
+    out = u + 7.5 * (c - u)
+    return out * (0.7 * c.std() / out.std() + 0.3)
+
+
+def perpendicular_by_hand(u, c, n):
+    pos, neg = (c - u).flatten(), (n - u).flatten()
+    perpendicular = neg - (neg @ pos) / (pos @ pos) * pos
+    return u + 7.5 * (pos - 1.5 * perpendicular).view(u.shape)
+
+
+COMPOSED = {  # prompts, the closure, and what it says of their predictions
+    "classifier_free": (("", PROMPT), lambda h: classifier_free(h, 7.5), lambda u, c: u + 7.5 * (c - u)),
+    "rescaled": (("", PROMPT), lambda h: rescaled(h, 7.5, 0.7), rescaled_by_hand),
+    "all_of": (
+        ("", PROMPT, OTHER),
+        lambda h: all_of(h, (6.0, -2.0)),
+        lambda u, c, d: u + 6.0 * (c - u) - 2.0 * (d - u),
+    ),
+    "perpendicular_negative": (("", PROMPT, FOG), lambda h: perpendicular_negative(h, 7.5, 1.5), perpendicular_by_hand),
+}
+
+
+@pytest.mark.parametrize("what", COMPOSED)
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm++2m"])
+def test_a_network_of_guidance_s_closures_is_drawn_through(models, what, sampler):
+    """In every step the prediction is the formula's, of the prompts' predictions one by one."""
+    pipe = models.ours("sd1", torch.float64)
+    prompts, closure, by_hand = COMPOSED[what]
+    networks, halves = parts(pipe, *prompts)
+    network = closure(halves)
+    steps = list(pipe.steps("", seed=7, sampler=sampler, network=network, **SMALL))
+    for step in steps:
+        expected = by_hand(*(each(step.x_before, step.level).out for each in networks))
+        assert_close(step.eps, expected, 1e-11 * expected.abs().max())
+    result = pipe("", seed=7, sampler=sampler, network=network, **SMALL)
+    assert torch.equal(result.x0, steps[-1].x) and gray(result.images).std() > 20
+    plain = pipe(PROMPT, seed=7, sampler=sampler, **SMALL).x0
+    assert torch.equal(plain, result.x0) == (what == "classifier_free")
+    apart = pipe("", seed=7, sampler=sampler, network=closure(halves_apart(*networks)), **SMALL).x0
+    assert_close(apart, result.x0, 1e-9 * result.x0.abs().max())
+
+
+def test_guidance_within_an_interval_is_drawn_through(pipe):
+    """Outside of it the prompt alone is asked: one picture a run of the UNet instead of two."""
+    (_, plain), halves = parts(pipe, "", PROMPT)
+    low, high = 0.5, 3.0
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(lambda unet, args: seen.append(len(args[0])))
+    try:
+        steps = list(pipe.steps("", network=within(classifier_free(halves, 7.5), plain, low, high), **SMALL))
+    finally:
+        hook.remove()
+    inside = [low < step.level.ratio <= high for step in steps]
+    assert seen == [2 if each else 1 for each in inside] and 0 < sum(inside) < N
+    assert [step.uncond is not None for step in steps] == inside
+    for step, guided in zip(steps, inside, strict=True):
+        if not guided:
+            assert_close(step.eps, plain(step.x_before, step.level).out, 0.0)
 
 
 # ------------------------------------------------------------------------------------ the loop of the README
@@ -303,9 +511,24 @@ REFUSED = {
     "a word for a number": ({"guidance": "4"}, "guidance must be a finite number, not '4'"),
     "latents that are none": ({"latents": torch.full((1, 4, 3, 4), math.nan)}, "The latents given hold numbers that"),
     "too many steps": ({"steps": 1001}, "1001 steps asked for"),
-    "eta": ({"eta": 0.5, "sampler": "euler"}, "eta, the noise that ddim adds, .* euler can't take 0.5"),
-    "eta above 1": ({"eta": 1.5, "sampler": "ddim"}, "between 0 and 1; ddim can't take 1.5"),
-    "eta below 0": ({"eta": -0.5, "sampler": "ddim"}, "between 0 and 1; ddim can't take -0.5"),
+    "eta": ({"eta": 0.5, "sampler": "euler"}, "euler has no eta, ddim and tcd have: take one of these samplers, or"),
+    "eta above 1": ({"eta": 1.5, "sampler": "ddim"}, "eta must be a number from 0 to 1, not 1.5"),
+    "eta below 0": ({"eta": -0.5, "sampler": "tcd"}, "eta must be a number from 0 to 1, not -0.5"),
+    "eta that is none": ({"eta": math.nan}, "eta must be a number from 0 to 1, not nan"),
+    "eta in words": ({"eta": "0.5"}, "eta must be a number from 0 to 1, not '0.5'"),
+    "rule": ({"rule": "eulr"}, r"Unknown schedule rule 'eulr': ldm knows ddpm, .*\. Did you mean 'euler'\?"),
+    "rule of flow": ({"rule": "flow"}, "'flow' doesn't go with a network that predicts epsilon"),
+    "too many steps for the rule": ({"rule": "tcd", "steps": 51}, "51 steps asked for; .* between 1 and 50 of them"),
+    "sigmas unknown": ({"sigmas": "karas"}, r"Unknown choice of sigmas 'karas': .* Did you mean 'karras'\?"),
+    "sigmas that rise": ({"sigmas": [1, 2], "steps": None}, "sigmas must be 2 or more falling numbers"),
+    "a sigma": ({"sigmas": [1], "steps": None}, r"sigmas must be 2 or more falling numbers, .* not \[1.0\]"),
+    "no sigmas": ({"sigmas": [], "steps": None}, r"sigmas must be 2 or more falling numbers, .* not \[\]"),
+    "sigmas in words": ({"sigmas": ["a"]}, r"sigmas must be a list of falling numbers, not \['a'\]"),
+    "a single number": ({"timesteps": 900}, "timesteps must be a list of falling numbers, not 900"),
+    "no timesteps": ({"timesteps": [], "steps": None}, "timesteps must be 1 or more falling numbers"),
+    "timesteps beyond training": ({"timesteps": [1000], "steps": None}, "at most 999: not \\[1000.0\\]"),
+    "timesteps and steps": ({"timesteps": [900, 5]}, "5 steps asked for, but the timesteps given make 2: leave one"),
+    "timesteps and sigmas": ({"timesteps": [5], "sigmas": "beta"}, "Both timesteps and sigmas are given"),
     "clip_skip": ({"clip_skip": 4}, "clip_skip 4 asked for, but the text encoder has 3 layers"),
     "clip_skip below 0": ({"clip_skip": -1}, "clip_skip -1 asked for"),
     "latents": ({"latents": torch.zeros(1, 4, 3, 3)}, r"latents of shape \(1, 4, 3, 3\) given; .* need \(1, 4, 3, 4\)"),
@@ -348,6 +571,7 @@ def test_one_by_one_refuses_what_belongs_to_a_batch(pipe):
         "latents": normal(0, 2, 4, 3, 4),
         "generator": [torch.Generator(), torch.Generator()],
         "after": steps[:2],
+        "network": conditional(pipe.unet, pipe.encode([PROMPT] * 2)),
     }.items():
         with pytest.raises(LDMError, match="one_by_one begins each picture from its seed: pass no"):
             pipe(**two, **{name: value})

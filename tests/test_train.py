@@ -320,7 +320,7 @@ def test_the_whole_chain_trains_and_exports_a_model_that_loads(run_folder, tmp_p
     frozen, before = ((folder / path / "model.safetensors").read_bytes() for path in ("unet-frozen/text", "clip/text"))
     tuned = (folder / "unet-tuned" / "text" / "model.safetensors").read_bytes()
     assert frozen == before != tuned
-    export(folder, tmp_path / "weights", {"steps": 2, "guidance": 2.0, "sampler": "dpm++"}, name="unet-tuned")
+    export(folder, tmp_path / "weights", {"steps": 2, "guidance": 2.0, "sampler": "dpm++2m"}, name="unet-tuned")
     pipe = ldm.load(tmp_path / "weights")
     assert pipe.defaults.steps == 2
     assert Image.open(tmp_path / "weights" / "samples.jpg").size == (8 * 128, 2 * 128)
@@ -328,7 +328,7 @@ def test_the_whole_chain_trains_and_exports_a_model_that_loads(run_folder, tmp_p
     assert picture.shape == (128, 128, 3) and picture.std() > 1  # untrained, but not a single colour
 
     def again(target):
-        export(folder, target, {"steps": 2, "guidance": 2.0, "sampler": "dpm++"}, name="unet-tuned")
+        export(folder, target, {"steps": 2, "guidance": 2.0, "sampler": "dpm++2m"}, name="unet-tuned")
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all I have")

@@ -14,7 +14,7 @@ from ldm.train.unet import SCHEDULER
 from ldm.train.vocabulary import save_vocabulary, train_vocabulary
 
 SIZE = 32  # pixels along a side
-DEFAULTS = {"steps": 3, "guidance": 2.0, "sampler": "dpm++"}
+DEFAULTS = {"steps": 3, "guidance": 2.0, "sampler": "dpm++2m"}
 
 
 def tiny_model(folder: Path, seed: int = 0) -> Path:
