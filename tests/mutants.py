@@ -27,6 +27,11 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 TIMEOUT = 600  # seconds; a mutant that hangs is caught
+SCHEDULERS = (  # files of diffusers that the sampler tests take seconds to import
+    "ddpm", "ddim", "pndm", "euler_discrete", "euler_ancestral_discrete", "heun_discrete", "lms_discrete",
+    "k_dpm_2_discrete", "k_dpm_2_ancestral_discrete", "dpmsolver_multistep", "dpmsolver_singlestep", "deis_multistep",
+    "unipc_multistep", "lcm", "tcd", "flow_match_euler_discrete", "flow_match_heun_discrete",
+)  # fmt: skip
 NO_IMPORT = 99  # exit code of a fork whose mutant doesn't even import: a bad mutant
 
 
@@ -152,13 +157,17 @@ def preload() -> None:
 
     torch.set_num_threads(1)  # a fork of a process that runs threads would wait for them for ever
     import diffusers
+    import hypothesis  # noqa: F401
     import numpy  # noqa: F401
     import PIL.Image  # noqa: F401
     import pytest  # noqa: F401
+    import scipy.stats  # noqa: F401
     import transformers
 
     for name in ("UNet2DConditionModel", "AutoencoderKL", "DDIMScheduler", "DPMSolverMultistepScheduler"):
         getattr(diffusers, name)
+    for module in SCHEDULERS:
+        importlib.import_module(f"diffusers.schedulers.scheduling_{module}")
     for name in ("CLIPModel", "CLIPTextModel", "CLIPVisionModelWithProjection", "CLIPTokenizer"):
         getattr(transformers, name)
     del sys.modules["conftest"]  # pytest imports it by itself

@@ -227,7 +227,10 @@ def test_every_sampler_has_a_line_and_one_method_has_one_line():
 def test_names_are_moved_apart_and_keep_their_order():
     placed = spread([0.5, 0.9, 0.51, 0.99, 0.1])
     assert placed[4] == 0.1 and placed[0] < placed[2] < placed[1] < placed[3] <= 1
-    assert min(np.diff(sorted(placed))) > 0.05
+    crowded = spread([0.01, 0.0, 0.02, 0.011])
+    assert crowded[1] == 0 and crowded[1] < crowded[0] < crowded[3] < crowded[2]
+    assert max(spread([1.0, 0.99, 1.0])) < 1  # there the title is
+    assert min([*np.diff(sorted(placed)), *np.diff(sorted(crowded))]) > 0.05
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -593,6 +593,8 @@ def twice_on_one_level():
         yield ScheduleConfig(**fields, final_sigmas_type="sigma_min", rule="euler"), None
         for rule in ("unipc", "deis"):
             yield ScheduleConfig(**fields, final_sigmas_type="sigma_min", rule=rule), "karras"
+        # here the rows differ by rounding, and the noise between them would be the root of -1e-15
+        yield ScheduleConfig(**fields, final_sigmas_type="sigma_min", rule="dpm"), "exponential"
 
 
 @every_sampler
@@ -606,7 +608,8 @@ def test_under_compat_a_schedule_may_end_twice_on_one_level(name):
         *_, last = run(name, schedule=schedule, x=X.double())
         kept = last.x_before if last.corrected is None else last.corrected
         assert kept.isfinite().all() and kept.std() > 0.05
-        torch.testing.assert_close(last.x, kept, rtol=1e-12, atol=1e-12)
+        # Where the rows differ by rounding, noise may be added: of the root of that.
+        torch.testing.assert_close(last.x, kept, rtol=0, atol=1e-6 if sigmas == "exponential" else 1e-11)
 
 
 def test_without_compat_a_step_of_length_0_is_refused():

@@ -135,6 +135,7 @@ def test_defect_fractions_of_timesteps_are_cut(cls):
         schedule = make_schedule(config_of(scheduler), 10, compat=True)
         exact = torch.tensor([timestep_of(level.ratio, schedule.bars) for level in schedule.levels[:-1]])
         behind = exact - scheduler.timesteps
+        assert [level.t for level in schedule.levels[:-1]] == scheduler.timesteps.tolist()
         assert scheduler.timesteps.dtype == torch.int64 and 0.6 < behind.max() < 1.001
         assert choice == "beta" or (scheduler.timesteps[:2].tolist() == [998, 874] and abs(exact[1] - 874.74) < 0.01)
         if cls != "DEISMultistep":  # whose table ends twice: by default refused

@@ -506,9 +506,39 @@ def test_every_rule_takes_every_choice(rule, choice):
     assert len(schedule) == 12 and schedule.rule == rule
     ratios = [level.ratio for level in schedule.levels]
     assert all(a > b for a, b in itertools.pairwise(ratios))
+    whole = rule in ("dpm", "singlestep", "unipc") or (rule == "dpm2" and choice == "karras")
     for level in schedule.levels[:-1]:
-        near = 0.5 if RULES[rule].told != "exact" else 1e-9
-        assert abs(timestep_of(level.ratio, schedule.bars) - level.t) <= near
+        exact = timestep_of(level.ratio, schedule.bars)
+        assert level.t == (round(exact) if whole else pytest.approx(exact, rel=1e-9))
+
+
+def test_rules_whose_end_is_their_own_do_not_ask_the_file():
+    config = ScheduleConfig(**SD, set_alpha_to_one=False, final_sigmas_type="sigma_min")
+    for rule in ("ddpm", "heun", "dpm2", "lcm"):
+        assert make_schedule(config, 5, rule=rule)[5].sigma == 0, rule
+    for rule in ("deis", "tcd"):
+        assert make_schedule(ScheduleConfig(**SD), 5, rule=rule)[5].sigma > 0, rule
+
+
+def test_singlestep_does_not_read_the_spacing():
+    config = ScheduleConfig(**SD, rule="singlestep")
+    for spacing in ("leading", "trailing"):
+        assert make_schedule(dataclasses.replace(config, timestep_spacing=spacing), 5) == make_schedule(config, 5)
+
+
+@pytest.mark.parametrize("rule", ["deis", "unipc"])
+def test_a_chosen_table_that_stops_above_the_first_level_ends_on_it(rule):
+    config = ScheduleConfig(**SD, rule=rule, sigma_min=0.05, final_sigmas_type="sigma_min")
+    schedule = make_schedule(config, 5, sigmas="karras")
+    assert schedule[4].ratio == pytest.approx(0.05) and schedule[5].alpha == math.sqrt(alpha_bars(config)[0].item())
+    twice = make_schedule(config, 5, sigmas="karras", compat=True)
+    assert twice[5].ratio == twice[4].ratio  # as diffusers has it
+
+
+def test_betas_given_one_by_one():
+    given = tuple(np.linspace(0.001, 0.03, 40).tolist())
+    config = ScheduleConfig(num_train_timesteps=40, trained_betas=given)
+    np.testing.assert_allclose(alpha_bars(config), np.cumprod(1 - np.array(given)), rtol=1e-5)
 
 
 def test_levels_and_timesteps_of_the_caller():

@@ -50,7 +50,7 @@ def plot(cells: dict[Run, Cell], path: Path) -> None:
         for axes, value in ((top, accuracy), (bottom, distance)):
             draw(axes, value, own, lines)
         if title == NOISY:
-            remark(bottom, "far is another picture,\nnot a wrong one")
+            remark(bottom, "far need not be wrong")
     write(figure, path)
 
 
@@ -133,15 +133,19 @@ def remark(axes: Axes, text: str) -> None:
 
 
 def spread(heights: list[float]) -> list[float]:
-    """The same heights, moved down as far as names need, from below the panel's title."""
-    placed, ceiling = list(heights), 0.97
-    for k in sorted(range(len(heights)), key=lambda k: -heights[k]):
+    """The same heights, moved apart as far as names need, and none below the panel or beside its title."""
+    placed, ceiling, floor = list(heights), 0.97, 0.0
+    falling = sorted(range(len(heights)), key=lambda k: -heights[k])
+    for k in falling:
         placed[k] = min(heights[k], ceiling)
         ceiling = placed[k] - GAP
+    for k in reversed(falling):
+        placed[k] = max(placed[k], floor)
+        floor = placed[k] + GAP
     return placed
 
 
 def write(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    figure.savefig(buffer, format="png", dpi=96)
     save_image(Image.open(buffer).convert("RGB").quantize(64), path)  # a third of the bytes

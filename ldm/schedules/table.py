@@ -109,11 +109,13 @@ class Schedule:
 
 def timestep_of(ratio: float, bars: np.ndarray) -> float:
     """The timestep, with a fraction, at which training had this sigma / alpha; linear in its logarithm between two."""
-    with np.errstate(divide="ignore"):  # zero terminal SNR: infinite at the last step
-        logs = np.log(np.sqrt((1 - bars) / bars))
-    wanted = math.log(max(ratio, 1e-10))
+    with np.errstate(divide="ignore"):  # infinite at zero terminal SNR, minus infinite at sigma = 0
+        return place_among(np.log(np.sqrt((1 - bars) / bars)), np.log(ratio))
+
+
+def place_among(logs: np.ndarray, wanted: np.float64) -> float:
+    """Where in a rising row a number stands: an index, with a fraction between two."""
     low = int(np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(logs) - 2))
-    # Written as diffusers writes it: its DPM rules cut the fraction off, and so depend on the last digit.
     w = min(max((logs[low] - wanted) / (logs[low] - logs[low + 1]), 0.0), 1.0)
     return float((1 - w) * low + w * (low + 1))
 
@@ -208,20 +210,28 @@ def chosen_rows(config: ScheduleConfig, rows: list[Level], bars: np.ndarray, cho
             f"This schedule begins at pure noise (zero terminal SNR), from where no {choice} levels lead: take sigmas "
             "spaced, or set sigma_max."
         )
-    chosen = []
-    for i, ratio in enumerate(choose_sigmas(choice, most, least, n)):
-        t = timestep_of(ratio, bars)
-        if rule.told == "whole" and compat and (choice != "karras" or unrounded(config)):
-            t = float(int(t))  # diffusers cuts the fraction off: 998.9999 becomes 998
-        elif rule.told == "whole" or (rule.told == "karras" and choice == "karras"):
-            t = float(round(t))
-        chosen.append(level_of(i, t, float(ratio), flow=False))
-    return chosen
+    ratios = choose_sigmas(choice, most, least, n)
+    ts = [timestep_of(ratio, bars) for ratio in ratios]
+    if rule.told == "whole" and compat:
+        ts = whole_timesteps_of_diffusers(config, choice, n)
+    elif rule.told == "whole" or (rule.told == "karras" and choice == "karras"):
+        ts = [round(t) for t in ts]
+    return [level_of(i, t, float(ratio), flow=False) for i, (t, ratio) in enumerate(zip(ts, ratios, strict=True))]
 
 
-def unrounded(config: ScheduleConfig) -> bool:
-    """diffusers' DPM-Solver rounds Karras' timesteps, except on a cosine schedule."""
-    return config.rule == "dpm" and config.beta_schedule == "squaredcos_cap_v2"
+def whole_timesteps_of_diffusers(config: ScheduleConfig, choice: str, n: int) -> list[int]:
+    """What the classes of DPM-Solver, DEIS and UniPC tell the network: rounded for Karras' levels, else cut.
+
+    Of the noisiest level the last digit then decides, 998.9999 or 999: hence in float32, as they calculate. The
+    multistep DPM-Solver cuts Karras' timesteps, too, on a cosine schedule.
+    """
+    bars = alpha_bars(config)
+    ratios = ((1 - bars) / bars) ** 0.5
+    logs = np.log(ratios.numpy())
+    ends = config.sigma_max or ratios[-1].item(), config.sigma_min or ratios[0].item()
+    ts = [place_among(logs, np.log(ratio)) for ratio in choose_sigmas(choice, *ends, n)]
+    rounds = choice == "karras" and (config.rule, config.beta_schedule) != ("dpm", "squaredcos_cap_v2")
+    return [round(t) if rounds else int(t) for t in ts]
 
 
 def last_row(config: ScheduleConfig, rows: list[Level], bars: np.ndarray, chosen_compat: bool) -> Level:
