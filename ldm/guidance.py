@@ -91,7 +91,7 @@ def rescaled(halves: Halves, scale: float, rescale: float) -> Network:
 
 
 def all_of(halves: Halves, weights: Sequence[float]) -> Network:
-    """Prompts composed: uncond + sum_k w_k * (cond_k - uncond) (Liu et al. 2022, equation 11: AND).
+    """Prompts composed: uncond + sum_k w_k * (cond_k - uncond) (Liu et al. 2022, composable diffusion: AND).
 
     `halves` gives K + 1 parts, `weights` has K numbers, each that prompt's guidance scale; a negative one means NOT, as
     in the paper's code. One prompt is `classifier_free`. The output's `cond` is the first prompt's.

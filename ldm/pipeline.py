@@ -177,6 +177,11 @@ class Pipeline:
             raise LDMError(f"latents of shape {tuple(latents.shape)} given; these settings need {wanted}.")
         elif not torch.isfinite(latents).all():
             raise LDMError("The latents given hold numbers that are not finite (NaN or infinity).")
+        if schedule[0].sigma < 0.9 and (settings.timesteps is not None or not isinstance(settings.sigmas, str)):
+            say_on_stderr(
+                f"The first level holds {schedule[0].sigma:.2f} of noise, and the run begins from noise alone: what is "
+                "above that level is left out."
+            )
         return latents.to(self.device, self.dtype) * schedule.start_scale
 
     @torch.no_grad()

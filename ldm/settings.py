@@ -3,13 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 
 from ldm.errors import LDMError
 from ldm.samplers import find_sampler
 from ldm.schedules import Schedule, ScheduleConfig, make_schedule
-from ldm.schedules.config import find_rule
-from ldm.schedules.table import count_steps
+from ldm.schedules.config import as_read_for, find_rule
+from ldm.schedules.table import count_steps, is_whole, numbers
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,15 @@ class Levels:
     timesteps: tuple[float, ...] | None
     compat: bool
 
-    def schedule(self, config: ScheduleConfig) -> Schedule:
-        """The table of these levels, of a model with that scheduler file."""
+    def schedule(self, config: ScheduleConfig, tokens: int | None = None) -> Schedule:
+        """The table of these levels, of a model with that scheduler file (`ldm.schedules.make_schedule`)."""
         sigmas = self.sigmas if self.timesteps is None else None
-        return make_schedule(config, self.steps, self.rule, self.compat, sigmas=sigmas, timesteps=self.timesteps)
+        schedule = make_schedule(
+            read_as(self.sampler, config, self.rule, self.compat), self.steps, self.rule, self.compat,
+            sigmas=sigmas, timesteps=self.timesteps, tokens=tokens,
+        )  # fmt: skip
+        # Of diffusers' classes with this rule only these two go by their stride instead of to the next row.
+        return schedule if self.sampler in ("ddim", "plms", "pndm") else replace(schedule, landings=None)
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,14 @@ def choose_levels(
     compat: bool = False,
 ) -> Levels:
     """What is left open is as `ldm.json` and the scheduler file say. Raises LDMError for what cannot be."""
-    sampler = sampler or defaults.sampler or config.sampler
-    method = find_sampler(sampler)
-    # diffusers' rule is that of the sampler's class, and the file's own sampler is of the file's own class
-    swapped = compat and sampler != config.sampler and "flow" not in (config.rule, method.rule)
-    rule = rule or (method.rule if swapped else config.rule)
+    if sampler is None:
+        sampler = defaults.sampler if defaults.sampler is not None else config.sampler
+    config = read_as(sampler, config, rule, compat)
+    rule = config.rule if rule is None else rule
     find_rule(rule)
+    sigmas = sigmas if isinstance(sigmas, str | None) else numbers("sigmas", sigmas)
     if timesteps is None:
         sigmas = sigmas if sigmas is not None else defaults.sigmas or config.sigmas
-        sigmas = sigmas if isinstance(sigmas, str) else numbers("sigmas", sigmas)
     elif sigmas is not None and sigmas != "spaced":  # as a record has it where timesteps were given
         raise LDMError("Both timesteps and sigmas are given: a schedule takes one of them.")
     else:
@@ -88,17 +91,16 @@ def choose_levels(
     return Levels(steps, sampler, rule, sigmas, timesteps, compat)
 
 
+def read_as(sampler: str, config: ScheduleConfig, rule: str | None, compat: bool) -> ScheduleConfig:
+    """The scheduler file; under `compat`, as the class of a sampler that is not the file's own would read it."""
+    own = find_sampler(sampler).rule
+    swapped = compat and sampler != config.sampler and rule in (None, own) and "flow" not in (config.rule, own)
+    return as_read_for(sampler, config) if swapped else config
+
+
 def whole(name: str, value: object, least: int, below: float = math.inf) -> int:
     """`value` itself, or an LDMError if it is no whole number of that range."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < below:
+    if not is_whole(value) or not least <= value < below:
         most = "" if below == math.inf else f" and below {below}"
         raise LDMError(f"{name} must be a whole number of {least} or more{most}, not {value!r}.")
     return int(value)
-
-
-def numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    """Whatever holds numbers (a list, an array) as plain ones, or an LDMError."""
-    try:
-        return tuple(float(value) for value in values)
-    except (TypeError, ValueError) as error:
-        raise LDMError(f"{name} must be a list of falling numbers, not {values!r}.") from error

@@ -7,15 +7,24 @@ import copy
 import dataclasses
 import io
 import itertools
-import json
 import math
 from functools import partial
 
-import diffusers
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from reference import normal, scheduler_of
+from reference import normal
+from test_sampler_parity import (
+    SHAPE,
+    VARIANTS,
+    config_of,
+    denoiser,
+    error,
+    generators,
+    make,
+    quiet,
+    run_diffusers,
+)
 
 from ldm.diffusion import to_x0_eps
 from ldm.errors import LDMError
@@ -368,51 +377,38 @@ def test_under_compat_unipc_overrides_an_edit(name):
         assert schedule.compat or (live[3].x - plain[3].x).abs().max() > 0.1
 
 
-DIFFUSERS = {  # classes that keep a past, the fields of the variant
-    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
-    "dpm++3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
-    "dpm++2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpm++2s": ("DPMSolverSinglestepScheduler", {}),
-    "deis3": ("DEISMultistepScheduler", {"solver_order": 3}),
-    "unipc1": ("UniPCMultistepScheduler", {"solver_order": 1}),
-    "unipc2": ("UniPCMultistepScheduler", {}),
-    "unipc3": ("UniPCMultistepScheduler", {"solver_order": 3}),
-    "unipc2-bh1": ("UniPCMultistepScheduler", {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
-}
+# Under the names of test_sampler_parity.py; a sampler without a past has nothing to forget.
+DIFFUSERS = [name for name, (_, _, sampler) in VARIANTS.items() if sampler in MULTISTEP]
 
 
 @pytest.mark.parametrize("n", [N, 16])
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_under_compat_an_edit_between_two_steps_does_what_it_does_in_diffusers(name, n):
-    """The real classes in float64, their latent edited after step 2 and after step 3."""
-    cls, fields = DIFFUSERS[name]
-    scheduler = scheduler_of(getattr(diffusers, cls), {**SD, "prediction_type": "v_prediction", **fields}, n)
-    saved = json.loads(scheduler.to_json_string()) | {"_class_name": cls}
-    schedule = make_schedule(ScheduleConfig.from_json(saved), n, compat=True)
-    x = X.double()
-    extra = (
-        {"generator": [torch.Generator().manual_seed(s) for s in (1, 2)]}
-        if cls == "DPMSolverMultistepScheduler"
-        else {}
-    )
-    reference, latent = [], x
-    for i, t in enumerate(scheduler.timesteps):
-        out = torch.tanh(0.8 * latent + 0.1 * t.item() / 1000)
-        latent = scheduler.step(out, t, latent, **extra).prev_sample
-        latent = latent * 0.5 + 0.25 if i in (2, 3) else latent
-        reference.append(latent)
-    live = []
-    for step in run(name, x=x, schedule=schedule):
+    """Every class that keeps a past, in float64, its latent edited after step 2 and after step 3.
+
+    PNDM's step 2 is its last by Runge and Kutta, of four evaluations, and its step 3 the first by the past.
+    """
+    # As Stable Diffusion's file has it: without the offset PNDM's last two rows are one, which the default refuses.
+    offset = {"steps_offset": 1} if VARIANTS[name][0] == "PNDMScheduler" else {}
+    scheduler = make(name, n, prediction_type="v_prediction", **offset)
+    schedule = make_schedule(config_of(scheduler), n, compat=True)
+    x = normal(3, *SHAPE, dtype=torch.float64)
+
+    def edited(row, x):
+        return x * 0.5 + 0.25 if row in (3, 4) else x
+
+    with quiet():
+        reference = run_diffusers(scheduler, n, x, edit=edited)[1:]
+    method, live = ALL[VARIANTS[name][2]], []
+    for step in sample(denoiser(schedule), x * schedule.start_scale, schedule, method, Noise(generators())):
         if step.i in (2, 3):
             edit(step, in_place=step.i == 2)
         live.append(step)
     assert len(live) == len(reference) == n
-    for step, expected in zip(live, reference, strict=True):
-        assert expected.std() > 0.05
-        torch.testing.assert_close(step.x, expected, rtol=0, atol=1e-10)
-    fresh = next(run(name, x=x, schedule=dataclasses.replace(schedule, compat=False), after=live[:3]))
-    assert (fresh.x - live[3].made[0]).abs().max() > 1e-3  # the default, which drops the history, goes elsewhere
+    assert max(error(step.x, expected) for step, expected in zip(live, reference, strict=True)) < 1e-10
+    default = dataclasses.replace(schedule, compat=False)
+    fresh = next(sample(denoiser(default), x, default, method, Noise(generators()), live[:3]))
+    assert error(fresh.x, live[3].made[0]) > 0.01  # the default, which drops the history, goes elsewhere
 
 
 # ------------------------------------------------------------------------------------ steps of another run

@@ -1,6 +1,6 @@
 """Where diffusers' samplers depart from their methods or break: each entry of REFERENCE_DEFECTS.md from 7 on, seen.
 
-When one of these fails after an upgrade, diffusers has mended something, and the entry goes.
+Also what entry 1 costs. When one of these fails after an upgrade, diffusers has mended something, and the entry goes.
 """
 
 import diffusers
@@ -18,13 +18,15 @@ from test_sampler_parity import (
     run_diffusers,
     run_ours,
 )
+from test_samplers import gaussian, gaussian_solution
 
 from ldm.diffusion import Prediction, to_x0_eps
 from ldm.errors import LDMError
 from ldm.noise import Noise
 from ldm.samplers import SAMPLERS
+from ldm.samplers.onestep import ddim
 from ldm.sampling import sample
-from ldm.schedules import make_schedule
+from ldm.schedules import ScheduleConfig, make_schedule
 from ldm.schedules.table import timestep_of
 
 X = normal(3, *SHAPE, dtype=torch.float64)
@@ -37,6 +39,22 @@ def runs(name, n, **fields):
     with quiet():
         theirs = run_diffusers(scheduler, n, X)[-1]
     return theirs, *(run_ours(name, make_schedule(config, n, compat=compat), X)[-1] for compat in (True, False))
+
+
+@pytest.mark.parametrize("spacing, compat, method", [("linspace", 0.059, 0.085), ("trailing", 0.089, 0.097)])
+def test_what_ddim_s_wrong_previous_timestep_costs(spacing, compat, method):
+    """The figures under REFERENCE_DEFECTS.md's table: on Gaussian data diffusers comes out nearer to the solution."""
+    x = torch.linspace(-2, 2, 64, dtype=torch.float64).view(1, 1, 8, 8)
+    for n, wanted in ((30, (compat, method)), (500, (0, 0))):
+        off = []
+        for truth in (True, False):
+            schedule = make_schedule(ScheduleConfig(**SD, timestep_spacing=spacing), n, compat=truth)
+            *_, last = sample(gaussian, x, schedule, ddim, Noise([]))
+            solution = gaussian_solution(x, schedule[0], schedule[n])
+            assert solution.abs().max() > 1
+            off.append((last.x - solution).abs().max().item())
+        assert off == pytest.approx(wanted, abs=0.0005 if n == 30 else 0.009)  # both vanish with many steps
+        assert n == 500 or off[0] < off[1]  # where n divides 1000, `trailing` has nothing to mistake
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 import diffusers
 import numpy as np
@@ -154,11 +154,13 @@ def made(name, dtype, fields):
     return scheduler
 
 
-def make(name, n, dtype=torch.float64, **fields):
-    """diffusers' scheduler with n steps set."""
+def make(name, n, dtype=torch.float64, told=None, **fields):
+    """diffusers' scheduler with n steps set, or with levels given: `told` is what `set_timesteps` takes then."""
     scheduler = copy.deepcopy(made(name, dtype, tuple(fields.items())))
     with quiet(dtype):
-        if scheduler.config.get("use_dynamic_shifting"):
+        if told is not None:
+            scheduler.set_timesteps(**told)
+        elif scheduler.config.get("use_dynamic_shifting"):
             scheduler.set_timesteps(n, mu=0.5 + 0.65 * (TOKENS - 256) / (4096 - 256))
         else:
             scheduler.set_timesteps(n)
@@ -173,8 +175,11 @@ def config_of(scheduler):
     return ScheduleConfig.from_json(json.loads(scheduler.to_json_string()) | {"_class_name": type(scheduler).__name__})
 
 
-def run_diffusers(scheduler, n, x, first=0, noise=None):
-    """Latents at rows first, first + 1, ..., n, in the model's coordinates."""
+def run_diffusers(scheduler, n, x, first=0, noise=None, edit=None, **told):
+    """Latents at rows first, first + 1, ..., n, in the model's coordinates; `edit` may exchange one on its row.
+
+    `told` goes to `step`: DDIM's eta.
+    """
     cls = type(scheduler).__name__
     in_ratio = any(word in cls for word in RATIO) and "Flow" not in cls
     twice = cls in ORDER or cls == "FlowMatchHeunDiscreteScheduler"
@@ -205,21 +210,24 @@ def run_diffusers(scheduler, n, x, first=0, noise=None):
     ts = scheduler.timesteps[: max(ends) + 1]  # defect 3: trailing may have one too many
     for k, t in list(enumerate(ts))[begin:]:
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(network(scaled, t.item()), t, x, **extra).prev_sample
+        x = scheduler.step(network(scaled, t.item()), t, x, **extra, **told).prev_sample
         if k in ends:
             row += 1
+            x = x if edit is None else edit(row, x / scale(row)) * scale(row)
             latents.append(x / scale(row))
     assert row == n, (row, n)
     return latents
 
 
-def run_ours(name, schedule, x, first=0, noise=None):
-    def denoise(x, level):
-        return to_x0_eps(network(x, level.t), x, level.alpha, level.sigma, schedule.prediction)
+def denoiser(schedule):
+    return lambda x, level: to_x0_eps(network(x, level.t), x, level.alpha, level.sigma, schedule.prediction)
 
+
+def run_ours(name, schedule, x, first=0, noise=None):
     sampler = SAMPLERS[VARIANTS[name][2]].step
     x = x if first else x * schedule.start_scale
-    return [x, *(s.x for s in sample(denoise, x, schedule, sampler, noise or Noise(generators()), first=first))]
+    steps = sample(denoiser(schedule), x, schedule, sampler, noise or Noise(generators()), first=first)
+    return [x, *(step.x for step in steps)]
 
 
 def error(ours, reference):
@@ -229,12 +237,12 @@ def error(ours, reference):
     return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
-def compare(name, n, dtype=torch.float64, first=0, **fields):
-    """The largest error of any latent of a run from row `first`."""
-    scheduler = make(name, n, dtype, **fields)
+def compare(name, n, dtype=torch.float64, first=0, told=None, given=None, **fields):
+    """The largest error of any latent of a run from row `first`. `told`: levels for diffusers, `given`: ours."""
+    scheduler = make(name, n, dtype, told, **fields)
     config = config_of(scheduler)
     assert config.sampler == VARIANTS[name][2]
-    schedule = make_schedule(config, n, compat=True, tokens=TOKENS)
+    schedule = make_schedule(config, n, compat=True, tokens=TOKENS, **(given or {}))
     x = normal(3, *SHAPE, dtype=dtype)
     with quiet(dtype):
         theirs = run_diffusers(scheduler, n, x, first)
@@ -353,6 +361,90 @@ def test_the_matrix_is_as_large_as_it_says():
     assert sum(len(cases) for _, _, cases in MATRIX) >= 3000
     assert {VARIANTS[name][2] for name, _, _ in MATRIX} == set(SAMPLERS)
     assert {VARIANTS[name][0] for name in VARIANTS} == set(CLASSES)
+
+
+# --------------------------------------------------------------------------------------- levels given by the caller
+
+AYS = diffusers.schedulers.AysSchedules
+TIMESTEPS = {
+    "align your steps": AYS["StableDiffusionTimesteps"],
+    "align your steps, XL": AYS["StableDiffusionXLTimesteps"],
+    "one": [700],
+    "uneven": [999, 640, 631, 200, 3],
+    "not from the top, to 0": [812, 500, 77, 0],
+    "more than 15": [round(999 - 990 * (i / 17) ** 1.7) for i in range(18)],
+}
+FRACTIONS = [998.5, 640.25, 333.3, 41.7, 0.5]
+GIVEN = {  # sigma / alpha, and where it ends
+    "align your steps": AYS["StableDiffusionSigmas"],
+    "align your steps, XL": AYS["StableDiffusionXLSigmas"],
+    "a little noisier than training": [15.0, 3.0, 0.7, 0.0],
+    "to a level with noise": [10.0, 2.0, 0.5, 0.1],
+    "one": [5.0, 0.0],
+}
+TAKES_TIMESTEPS = [
+    "ddpm", "euler", "euler to sigma_min", "heun", "dpm++2m", "dpm++2m to sigma_min", "dpm++3m", "dpm++2m-sde",
+    "dpm++3m-sde", "dpm2m", "dpm3m", "dpm++2s", "dpm++2s to sigma_min", "lcm", "tcd",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAKES_TIMESTEPS)
+def test_timesteps_of_the_caller_give_diffusers_latents(name):
+    """The rows are the caller's, and everything between them must follow: step lengths, orders, ends, where to start.
+
+    The spacing that the file names no longer shapes the table, but still says whether a run begins at sigma * eps.
+    """
+    rows = TIMESTEPS | ({"fractions": FRACTIONS} if name.startswith(("euler", "heun")) else {})
+    for (what, timesteps), fields in itertools.product(rows.items(), predictions(name)[:2]):
+        n, told = len(timesteps), {"timesteps": timesteps}
+        for spacing, first in [(s, 0) for s in spacings(name)] + [({}, first) for first in {1, n - 1} if 0 < first < n]:
+            theirs = make(name, n, told=told, **fields, **spacing).timesteps.tolist()
+            assert sorted({*theirs}, reverse=True) == timesteps  # it took them
+            off = compare(name, n, first=first, told=told, given=told, **fields, **spacing)
+            assert off < allowed(name, fields), f"{what}, from row {first}, {fields}, {spacing}: off by {off:.1e}"
+
+
+def test_every_class_that_takes_levels_is_compared():
+    """But UniPC, which takes sigmas for flow models alone, and ldm has none of those."""
+    for kind, names in (("timesteps", [*TAKES_TIMESTEPS, "flow euler"]), ("sigmas", ["euler", "flow euler", "unipc2"])):
+        takes = {c for c in CLASSES if kind in inspect.signature(getattr(diffusers, c).set_timesteps).parameters}
+        assert {VARIANTS[name][0] for name in names} == takes
+
+
+@pytest.mark.parametrize("what", GIVEN)
+def test_sigmas_of_the_caller_give_diffusers_latents(what):
+    """Euler's class, with the end among the levels; above training's noisiest level the network is told 999."""
+    n, told = len(GIVEN[what]) - 1, {"sigmas": GIVEN[what]}
+    for fields, spacing in itertools.product(predictions("euler"), spacings("euler")):
+        for first in {0, n // 2}:
+            assert make("euler", n, told=told, **fields, **spacing).sigmas.tolist() == GIVEN[what]
+            assert compare("euler", n, first=first, told=told, given=told, **fields, **spacing) < 1e-10
+
+
+def test_align_your_steps_by_name_are_the_sigmas_that_diffusers_prints():
+    """Ours by name, theirs by the list."""
+    for choice, key in (("ays", "StableDiffusion"), ("ays-xl", "StableDiffusionXL")):
+        told = {"sigmas": AYS[f"{key}Sigmas"]}
+        assert compare("euler", 10, told=told, given={"sigmas": choice}) < 1e-10
+        assert compare("euler", 10, given={"sigmas": choice}) > 1e-3  # and not the run of ten spaced steps
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_sigmas_given_to_a_flow_model(shift):
+    """diffusers shifts sigmas that it is given, as if they were evenly spaced, and adds the end; we take them as said.
+
+    So with a shift ours are told what diffusers makes of its own.
+    """
+    for s in ([1.0, 0.8, 0.35, 0.1], [0.9, 0.42], [0.6], [(1 - i / 17) ** 1.3 for i in range(17)]):
+        shifted = [shift * sigma / (1 + (shift - 1) * sigma) for sigma in s]
+        for first in {0, len(s) // 2}:
+            run = partial(compare, "flow euler", len(s), first=first, shift=shift)
+            assert run(told={"sigmas": s}, given={"sigmas": [*shifted, 0.0]}) < 1e-10
+            if shift == 1:  # timesteps are sigma * 1000; a shift would move the levels and not what the network is told
+                timesteps = {"timesteps": [1000 * sigma for sigma in s]}
+                assert run(told=timesteps, given=timesteps) < 1e-10
+            else:
+                assert run(told={"sigmas": s}, given={"sigmas": [*s, 0.0]}) > 1e-3
 
 
 @pytest.mark.parametrize("n", [14, 15])

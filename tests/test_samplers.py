@@ -6,7 +6,6 @@ and the solution of the probability-flow ODE are known.
 """
 
 import itertools
-import json
 import math
 from functools import cache, partial
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from reference import assert_close, normal, scheduler_of
+from test_sampler_parity import SD, SHAPE, config_of, denoiser, error, generators, network, run_diffusers
 
 from ldm.diffusion import Prediction, to_x0_eps
 from ldm.noise import Noise
@@ -25,56 +25,10 @@ from ldm.samplers.onestep import ddim, ddpm, euler, euler_ancestral, tcd
 from ldm.sampling import Step, sample
 from ldm.schedules import Level, Schedule, ScheduleConfig, alpha_bars, make_schedule
 
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-SHAPE = (2, 3, 4, 5)
-SEEDS = (11, 12)
-
-
-def network(x, t):
-    """A guided, nonlinear, time-dependent stand-in for a UNet; neighbouring pixels and channels differ in it."""
-    bias = torch.linspace(-0.5, 0.5, x[0].numel(), dtype=x.dtype).view(x.shape[1:])
-    c = torch.tanh(0.7 * x + 0.2 * x.roll(1, -1) + bias) * (t + 300) / (t + 500)
-    u = torch.tanh(0.6 * x + 0.2 * x.roll(1, -1)) * (t + 300) / (t + 500)
-    return u + 7.5 * (c - u)
-
-
-def denoiser(schedule):
-    return lambda x, level: to_x0_eps(network(x, level.t), x, level.alpha, level.sigma, schedule.prediction)
-
-
-def config_of(scheduler):
-    return ScheduleConfig.from_json(json.loads(scheduler.to_json_string()) | {"_class_name": type(scheduler).__name__})
-
-
-def run_diffusers(scheduler, n, x, extra, generators):
-    """All latents of a run, the first included, in the model's coordinates (diffusers' Euler works on x / alpha)."""
-    if type(scheduler).__name__ in ("DDPMScheduler", "DDIMScheduler"):
-        extra = {**extra, "generator": generators}
-    scales = [1.0] * (n + 1)
-    if "Euler" in type(scheduler).__name__:
-        scales = ((scheduler.sigmas**2 + 1) ** 0.5).tolist()
-    x = x * float(scheduler.init_noise_sigma)
-    latents = [x / scales[0]]
-    for t, scale in zip(scheduler.timesteps[:n], scales[1:], strict=True):
-        out = network(scheduler.scale_model_input(x, t), t.item())
-        x = scheduler.step(out, t, x, **extra).prev_sample
-        latents.append(x / scale)
-    return latents
-
-
-def generators():
-    return [torch.Generator().manual_seed(seed) for seed in SEEDS]
-
 
 def run_ours(schedule, sampler, x):
-    steps = sample(denoiser(schedule), x * schedule.start_scale, schedule, sampler, Noise(generators()))
-    return [x * schedule.start_scale, *(step.x for step in steps)]
-
-
-def error(ours, reference):
-    """The largest difference, in units of the reference's largest value."""
-    assert ours.dtype == reference.dtype and ours.shape == reference.shape and reference.abs().max() > 0.01
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
+    x = x * schedule.start_scale
+    return [x, *(step.x for step in sample(denoiser(schedule), x, schedule, sampler, Noise(generators())))]
 
 
 # ------------------------------------------------------------------------------------ noise, and the swapped sampler
@@ -96,7 +50,7 @@ def test_the_same_generators_give_the_noise_diffusers_draws(name):
     sampler, cls, extra = ETAS[name]
     scheduler = scheduler_of(cls, SD, 20, torch.float32)  # offset 0: DDPM's last timestep is 0, where both draw nothing
     gs, noise, x = generators(), Noise(generators()), normal(3, *SHAPE)
-    reference = run_diffusers(scheduler, 20, x, extra, gs)[-1]
+    reference = run_diffusers(scheduler, 20, x, noise=gs, **extra)[-1]
     schedule = make_schedule(config_of(scheduler), 20)
     *_, last = sample(denoiser(schedule), x, schedule, sampler, noise)
     assert_close(last.x, reference, atol=1e-5)
@@ -114,7 +68,7 @@ def test_under_compat_ddim_with_noise_equals_diffusers(spacing, eta):
     for n, prediction in itertools.product((1, 2, 7, 30), ("epsilon", "v_prediction", "sample")):
         fields = {**SD, "timestep_spacing": spacing, "prediction_type": prediction, "set_alpha_to_one": n % 2 == 0}
         scheduler, x = scheduler_of(DDIMScheduler, fields, n), normal(3, *SHAPE, dtype=torch.float64)
-        reference = run_diffusers(scheduler, n, x, {"eta": eta}, generators())
+        reference = run_diffusers(scheduler, n, x, eta=eta)
         ours = run_ours(make_schedule(config_of(scheduler), n, compat=True), partial(ddim, eta=eta), x)
         assert max(map(error, ours, reference)) < 1e-9, (n, prediction)
 
@@ -135,7 +89,7 @@ def test_a_swapped_sampler_with_its_rule_equals_from_config(file, name, cls):
     scheduler = cls.from_config(saved.config, **({"clip_sample": False} if name in ("ddpm", "ddim") else {}))
     scheduler.set_timesteps(12)
     x = normal(3, *SHAPE)
-    reference = run_diffusers(scheduler, 12, x, {}, generators())
+    reference = run_diffusers(scheduler, 12, x)
     ours = run_ours(make_schedule(config_of(saved), 12, rule=method.rule), method.step, x)
     assert max(map(error, ours, reference)) < 1e-5
 
@@ -177,7 +131,7 @@ def test_default_ddim_with_eta_1_equals_diffusers_ddpm(spacing):
     for n in (2, 7, 30):
         scheduler = scheduler_of(DDPMScheduler, {**SD, "timestep_spacing": spacing}, n)
         x = normal(3, *SHAPE, dtype=torch.float64)
-        reference = run_diffusers(scheduler, n, x, {}, generators())
+        reference = run_diffusers(scheduler, n, x)
         schedule = make_schedule(config_of(scheduler), n, rule="ddim")
         assert max(map(error, run_ours(schedule, partial(ddim, eta=1.0), x), reference)) < 1e-9
 
@@ -192,7 +146,7 @@ def test_default_ddim_with_trailing_equals_diffusers_euler_and_its_first_order_d
             (EulerDiscreteScheduler, {}, schedule[0].sigma),
             (DPMSolverMultistepScheduler, {"solver_order": 1}, 1),
         ):
-            reference = run_diffusers(scheduler_of(cls, {**fields, **order}, n), n, x, {}, None)
+            reference = run_diffusers(scheduler_of(cls, {**fields, **order}, n), n, x)
             assert max(map(error, run_ours(schedule, ddim, x * start), reference)) < 1e-9
 
 
@@ -201,7 +155,7 @@ def test_defect_ddim_takes_a_wrong_previous_timestep(spacing, n, least):
     """REFERENCE_DEFECTS.md, 1: when this fails, diffusers has mended it, and `compat` has lost its object."""
     scheduler = scheduler_of(DDIMScheduler, {**SD, "timestep_spacing": spacing}, n)
     x = normal(3, *SHAPE, dtype=torch.float64)
-    theirs = run_diffusers(scheduler, n, x, {}, None)[-1]
+    theirs = run_diffusers(scheduler, n, x)[-1]
     compat, method = (run_ours(make_schedule(config_of(scheduler), n, compat=c), ddim, x)[-1] for c in (True, False))
     assert error(compat, theirs) < 1e-9
     assert error(method, theirs) > least

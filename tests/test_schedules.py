@@ -435,6 +435,9 @@ def test_a_file_of_every_class_means_its_rule_its_sampler_and_its_silent_default
         assert (config.rule, config.sampler) == FILES[name, fields]
         for field in {f.name for f in dataclasses.fields(config)} & full.keys() - {"clip_sample", "timestep_spacing"}:
             expected = full[field]
+            if field == "set_alpha_to_one" and getattr(config, field) is None:
+                expected = None  # unsaid, which is true
+                assert full[field] is True
             assert getattr(config, field) == expected or (expected is None and field.startswith("sigma_m")), field
         assert name == "DPMSolverSinglestepScheduler" or config.spacing == full.get("timestep_spacing", config.spacing)
     assert {name for name, _ in FILES} == set(NAMES)
@@ -460,6 +463,73 @@ def test_a_file_of_every_class_means_its_rule_its_sampler_and_its_silent_default
 def test_a_variant_that_ldm_lacks_is_refused_by_name(name, fields, message):
     with pytest.raises(LDMError, match=message):
         ScheduleConfig.from_json({"_class_name": name, **fields})
+
+
+BETWEEN_0_AND_1 = "a number above 0 and below 1"
+TRUTH, WORD = "true or false", "a word"
+BAD_FILES = [  # a field's value, and what the sentence says that it must be
+    *(("beta_start", value, BETWEEN_0_AND_1) for value in ("a", 0, 0.0, -0.1, 1, 1.5, True, math.nan, [0.1])),
+    *(("beta_end", value, BETWEEN_0_AND_1) for value in ("0.02", 0, 1.0)),
+    *(("num_train_timesteps", value, "a whole number, 2 to 1000000") for value in (100.5, 1000.0, 0, 1, -5, True, "9")),
+    *(("steps_offset", value, "a whole number, 0 to") for value in ("1", -1, 0.5, False)),
+    *(("original_inference_steps", value, "a whole number, 1 to") for value in (0, 2.5, [50])),
+    *(("trained_betas", value, "a list of numbers above 0 and below 1") for value in
+      ("linear", 0.1, [0.1, 1.0], [0.0, 0.1], [0.1, "a"], [True], [[0.1]])),
+    *((name, value, "a number above 0 and below 1e+06")
+      for name in ("sigma_min", "sigma_max", "shift") for value in (0, -1, "1", -math.inf, math.inf)),
+    *((name, "1", "a number above -100 and below 100") for name in ("base_shift", "max_shift")),
+    *((name, "256", "a whole number, 1 to") for name in ("base_image_seq_len", "max_image_seq_len")),
+    ("shift_terminal", "0.1", BETWEEN_0_AND_1),
+    ("shift_terminal", 1, BETWEEN_0_AND_1),
+    ("use_karras_sigmas", "yes", TRUTH),
+    ("rescale_betas_zero_snr", 1, TRUTH),
+    ("skip_prk_steps", "no", TRUTH),
+    ("lower_order_final", 0, TRUTH),
+    ("clip_sample", "no", TRUTH),
+    ("set_alpha_to_one", [], TRUTH),
+    ("solver_order", [2], "a whole number"),
+    ("solver_order", True, "a whole number"),
+    ("algorithm_type", ["dpmsolver"], WORD),
+    ("solver_type", {"a": 1}, WORD),
+    ("prediction_type", ["epsilon"], WORD),
+    ("timestep_spacing", 3, WORD),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value, words", BAD_FILES)
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_value_of_another_kind_or_range_is_refused_by_name(name, field, value, words):
+    with pytest.raises(LDMError) as caught:
+        ScheduleConfig.from_json({"_class_name": name, field: value})
+    assert str(caught.value).startswith(f"The scheduler file has {field} {value!r}: it must be {words}")
+
+
+@pytest.mark.parametrize(
+    "file, message",
+    [
+        ({"_class_name": ["DDIMScheduler"]}, r"names \['DDIMScheduler'\]; ldm knows .* Did you mean 'DDIMScheduler'"),
+        ({"_class_name": None}, "names None; ldm knows"),
+        ({"trained_betas": [0.1] * 999}, "999 trained_betas for 1000 num_train_timesteps: each training step needs"),
+        ({"trained_betas": [], "num_train_timesteps": 2}, "0 trained_betas for 2 num_train_timesteps"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "max_image_seq_len": 256},
+            "max_image_seq_len 256: it must be above base_image_seq_len, 256",
+        ),
+    ],
+)
+def test_a_file_that_makes_no_schedule_is_refused(file, message):
+    with pytest.raises(LDMError, match=message):
+        ScheduleConfig.from_json(file)
+
+
+def test_whole_numbers_and_longer_lists_are_fine_where_numbers_are():
+    file = {"_class_name": "EulerDiscreteScheduler", "sigma_min": 1, "sigma_max": 10, "use_karras_sigmas": True}
+    schedule = make_schedule(ScheduleConfig.from_json(file), 3)
+    np.testing.assert_allclose([schedule[0].ratio, schedule[2].ratio], [10, 1])
+    assert len(make_schedule(ScheduleConfig.from_json({"trained_betas": [0.01] * 1001}), 3)) == 3
+    assert len(make_schedule(ScheduleConfig.from_json({"num_train_timesteps": 2}), 2)) == 2
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3}
+    assert ScheduleConfig.from_json(flow) == ScheduleConfig.from_json(flow | {"shift": 3.0})
 
 
 # ------------------------------------------------------------------------------------ levels chosen, levels given
@@ -554,6 +624,10 @@ def test_levels_and_timesteps_of_the_caller():
         schedule = make_schedule(dataclasses.replace(config, rule=rule), 3, timesteps=[900, 500, 20])
         np.testing.assert_allclose([r.ratio for r in schedule.levels], scheduler.sigmas.numpy(), rtol=1e-6)
         assert [r.t for r in schedule.levels] == [900, 500, 20, 0]
+    config = dataclasses.replace(config, rule="dpm")
+    fractions = [900.7, 500.25, 20.0]
+    for compat, told in ((False, fractions), (True, [900, 500, 20])):  # diffusers' solvers cut what they are given
+        assert [r.t for r in make_schedule(config, timesteps=fractions, compat=compat).levels[:-1]] == told
 
 
 @pytest.mark.parametrize(
@@ -570,6 +644,28 @@ def test_levels_and_timesteps_of_the_caller():
         ({"n": None}, "None steps asked for; .* between 1 and 999"),
         ({"n": 5, "rule": "flow"}, "rule 'flow' doesn't go with a network that predicts epsilon"),
         ({"n": 51, "rule": "lcm"}, "51 steps asked for; .* between 1 and 50 "),
+        ({"n": 2.5}, "2.5 steps asked for; .* between 1 and 999"),
+        ({"n": 2.0}, "2.0 steps asked for"),
+        ({"n": "5"}, "'5' steps asked for; .* between 1 and 999"),
+        ({"n": True}, "True steps asked for"),
+        ({"n": [5]}, r"\[5\] steps asked for"),
+        ({"n": np.int64(1001)}, "^1001 steps asked for"),
+        ({"n": True, "timesteps": [5]}, "True steps asked for, but the timesteps given make 1"),
+        ({"n": np.array([1, 2]), "timesteps": [5]}, r"array\(\[1, 2\]\) steps asked for, but"),
+        ({"n": 5, "sigmas": ""}, "Unknown choice of sigmas '': ldm knows spaced"),
+        ({"n": 5, "rule": ["dpm"]}, r"rule \['dpm'\]: ldm knows ddpm, .*Did you mean 'dpm'"),
+        ({"n": 5, "rule": 3}, "rule 3: ldm knows ddpm"),
+        ({"sigmas": 5.0}, "sigmas must be a list of falling numbers, not 5.0"),
+        ({"sigmas": ["a", "b"]}, r"sigmas must be a list of falling numbers, not \['a', 'b'\]"),
+        ({"sigmas": [10**400, 0]}, "sigmas must be a list of falling numbers"),
+        ({"sigmas": torch.ones(2, 2)}, "sigmas must be a list of falling numbers, not tensor"),
+        ({"sigmas": np.ones((2, 2))}, "sigmas must be a list of falling numbers, not array"),
+        ({"sigmas": [math.nan, 0]}, "sigmas must be 2 or more falling numbers"),
+        ({"sigmas": np.array([])}, r"sigmas must be 2 or more falling numbers, .* not \[\]"),
+        ({"timesteps": "321"}, "timesteps must be a list of falling numbers, not '321'"),
+        ({"timesteps": [None]}, r"timesteps must be a list of falling numbers, not \[None\]"),
+        ({"timesteps": torch.tensor(5.0)}, "timesteps must be a list of falling numbers, not tensor"),
+        ({"timesteps": [5, 3], "sigmas": np.array([2.0, 1.0])}, "Both timesteps and sigmas"),
         ({"n": 1, "rule": "tcd", "original_inference_steps": 1001}, "1001, more than the 1000 steps of training"),
     ],
 )
@@ -577,6 +673,19 @@ def test_levels_that_cannot_be_are_refused(options, message):
     original = options.pop("original_inference_steps", 50)
     with pytest.raises(LDMError, match=message):
         make_schedule(ScheduleConfig(**SD, rule="dpm", original_inference_steps=original), **options)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor, iter, lambda values: np.array(values, "float32")])
+@pytest.mark.parametrize("compat", [False, True])
+def test_levels_may_come_in_whatever_holds_numbers(kind, compat):
+    flow = ScheduleConfig(prediction_type="flow", rule="flow")
+    for config, sigmas, timesteps in ((ScheduleConfig(**SD), [8.0, 2.0, 0.5], [900, 500, 20]), (flow, [1, 0.5], [900])):
+        for name, values in (("sigmas", sigmas), ("timesteps", timesteps)):
+            plain = make_schedule(config, compat=compat, **{name: values})
+            assert make_schedule(config, compat=compat, **{name: kind(values)}).levels == plain.levels
+            n = np.int64(len(plain))
+            assert make_schedule(config, n, compat=compat, **{name: kind(values)}).levels == plain.levels
+    assert make_schedule(ScheduleConfig(), np.int64(5)) == make_schedule(ScheduleConfig(), 5)
 
 
 def test_a_choice_of_levels_at_zero_terminal_snr_says_what_to_do():

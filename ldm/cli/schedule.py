@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.options import LEVELS, add_levels, said
+from ldm.cli.options import LEVELS, add_levels, said, whole
 from ldm.errors import LDMError
 from ldm.io.atomic import check_writable
 from ldm.io.png import read_settings, save_png
@@ -35,7 +35,14 @@ def add(commands: "argparse._SubParsersAction") -> None:
         "--model", default="scenes", help="an embedded model's name, or a folder in diffusers' format (default: scenes)"
     )
     p.add_argument("--plot", metavar="PNG", help="draw the levels instead of printing them (needs matplotlib)")
-    add_levels(p.add_argument_group("the levels (what is left out is as the model's folder says)"))
+    levels = p.add_argument_group("the levels (what is left out is as the model's folder says)")
+    add_levels(levels)
+    levels.add_argument(
+        "--tokens",
+        type=whole(1),
+        metavar="N",
+        help="length of the network's sequence, where flow's levels depend on it",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
     config, defaults = read_schedule(find_model(args.model))
     levels = choose_levels(config, defaults, **said(args, LEVELS))
-    schedule = levels.schedule(config)
+    schedule = levels.schedule(config, args.tokens)
     title = headline(levels)
     if args.plot is None:
         print(title, schedule.table(), *lands(schedule), sep="\n")

@@ -2,7 +2,7 @@
 
 A sampler is given `denoise`, the latent `x`, the schedule, the row it stands on, the steps so far and a source of
 noise; it returns the `Step`. It keeps nothing: called twice, it answers the same twice. No sampler knows what the
-network predicts, whether there is guidance, or which family of models it drives.
+network predicts (PNDM under `compat` excepted), whether there is guidance, or which family of models it drives.
 
 `lines.py` has the lines they are made of, `onestep.py`, `twice.py`, `multistep.py` and `pndm.py` the methods.
 """
@@ -22,7 +22,9 @@ class Method(NamedTuple):
     """A sampler, and what one wants to know of it before one takes it."""
 
     step: Sampler
-    order: int  # halving the steps divides its error by 2^order, given a past; with noise, the error of its law
+    order: (
+        int | None
+    )  # halving the steps divides its error by 2^order, given a past; with noise, its law's; None: no law
     evaluations: int  # of the network a step; the ends of a run may take fewer or more
     adds_noise: bool
     rule: str  # that of its class in diffusers, taken under `compat` where the file is another's
@@ -57,22 +59,22 @@ SAMPLERS: dict[str, Method] = {
     "unipc1-bh1": Method(partial(unipc, order=1, bh1=True), 2, 1, False, "unipc", "Zhao et al. 2023"),
     "unipc2-bh1": Method(partial(unipc, order=2, bh1=True), 3, 1, False, "unipc", "Zhao et al. 2023"),
     "unipc3-bh1": Method(partial(unipc, order=3, bh1=True), 4, 1, False, "unipc", "Zhao et al. 2023"),
-    "lcm": Method(lcm, 1, 1, True, "lcm", "Luo et al. 2023"),
-    "tcd": Method(tcd, 1, 1, True, "tcd", "Zheng et al. 2024", eta=0.3),
+    "lcm": Method(lcm, None, 1, True, "lcm", "Luo et al. 2023"),
+    "tcd": Method(tcd, None, 1, True, "tcd", "Zheng et al. 2024", eta=0.3),
 }
 
 
 def find_sampler(name: str) -> Method:
     """The sampler of that name. Raises LDMError that names the nearest one."""
-    if name not in SAMPLERS:
-        raise LDMError(f"Unknown sampler {name!r}: ldm has {', '.join(SAMPLERS)}.{nearest(name, SAMPLERS)}")
+    if not isinstance(name, str) or name not in SAMPLERS:
+        raise LDMError(f"Unknown sampler {name!r}: ldm has {', '.join(SAMPLERS)}.{nearest(str(name), SAMPLERS)}")
     return SAMPLERS[name]
 
 
 def table() -> str:
     """All samplers as text: order, evaluations a step, whether they add noise, and where they come from."""
     rows = [
-        f"{name:12} {m.order:5} {m.evaluations:11}   {noise_of(m):18} {m.rule:10} {m.paper}"
+        f"{name:12} {m.order or '–':>5} {m.evaluations:11}   {noise_of(m):18} {m.rule:10} {m.paper}"
         for name, m in SAMPLERS.items()
     ]
     return "\n".join(["sampler      order evaluations   noise              rule       source", *rows])

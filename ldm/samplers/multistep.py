@@ -217,7 +217,7 @@ def lms(denoise: Denoise, x: Tensor, schedule: Schedule, i: int, history: Sequen
     steps = usable(history, 4)
     levels = [level, *(step.level for step in steps)]
     if schedule.compat:
-        levels = [schedule[i - k] for k in range(min(i + 1, 4))]
+        levels = [row for row in schedule.levels[max(i - 3, 0) : i + 1][::-1] if row.alpha > 0]
     d = after.ratio - level.ratio
     w = weights([(each.ratio - level.ratio) / d for each in levels], moments(0.0, len(levels)))
     eps = mean(w[: len(steps) + 1], [p.eps, *(step.eps for step in steps)])

@@ -80,6 +80,8 @@ def tcd(
     if eta == 0 or i == len(schedule) - 1:
         return Step(level, after, x, after.alpha * p.x0 + after.sigma * p.eps, *p)
     s = schedule.at(i, math.floor((1 - eta) * after.t))
+    if s.ratio > after.ratio:  # levels of the caller's own, below what training knew at that timestep
+        s = after
     a = after.alpha / s.alpha  # the diffusion from s up to t': q(x' | x_s) = N(a x_s, sigma'^2 - a^2 sigma_s^2)
     std = math.sqrt(max(after.sigma**2 - (a * s.sigma) ** 2, 0.0))
     return Step(level, after, x, with_noise(a * (s.alpha * p.x0 + s.sigma * p.eps), std, noise), *p)

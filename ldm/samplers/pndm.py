@@ -1,7 +1,8 @@
 """PNDM (Liu et al. 2022): numerical methods of the textbook for eps, DDIM's line (their transfer part) for x.
 
 Adams and Bashforth's coefficients hold for even steps, and PNDM takes its rows for even: where sigma/alpha is not, its
-order is 2, as its authors prove, and not the textbook's 4.
+order is 2, as its authors prove, and not the textbook's 4. Where the noisiest rows lie far apart in it (Euler's rule at
+zero terminal SNR begins at 4096), a run of few steps goes astray: take another sampler there.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def plms(denoise: Denoise, x: Tensor, schedule: Schedule, i: int, history: Seque
     level, after = schedule.step(i)
     p = denoise(x, level)
     steps = usable(history, 4)
-    if schedule.landings:
+    if schedule.landings and level.alpha > 0:
         return Step(level, after, x, plms_of_diffusers(denoise, x, schedule, i, steps, p), *p)
     if level.alpha == 0 or (not steps and i == len(schedule) - 1):
         return Step(level, after, x, along_x0(x, p.x0, level, after), *p)
@@ -44,7 +45,7 @@ def pndm(denoise: Denoise, x: Tensor, schedule: Schedule, i: int, history: Seque
         return plms(denoise, x, schedule, i, history, noise)
     level, after = schedule.step(i)
     p = denoise(x, level)
-    if schedule.landings:
+    if schedule.landings and level.alpha > 0:
         return Step(level, after, x, runge_kutta_of_diffusers(denoise, x, schedule, i, p), *p)
     if level.alpha == 0 or after.sigma == 0:
         return Step(level, after, x, along_x0(x, p.x0, level, after), *p)

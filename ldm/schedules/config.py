@@ -5,7 +5,9 @@ ends. Each such way is a `Rule`; several classes share one. A file names its cla
 """
 
 import math
-from dataclasses import dataclass, replace
+import reprlib
+from dataclasses import dataclass, fields, replace
+from typing import get_args
 
 from ldm.config import from_json
 from ldm.diffusion import PREDICTIONS
@@ -49,8 +51,8 @@ RULES = {
 
 def find_rule(name: str) -> Rule:
     """The rule of that name. Raises LDMError that names the nearest one."""
-    if name not in RULES:
-        raise LDMError(f"Unknown schedule rule {name!r}: ldm knows {', '.join(RULES)}.{nearest(name, RULES)}")
+    if not isinstance(name, str) or name not in RULES:
+        raise LDMError(f"Unknown schedule rule {name!r}: ldm knows {', '.join(RULES)}.{nearest(str(name), RULES)}")
     return RULES[name]
 
 
@@ -68,7 +70,7 @@ class ScheduleConfig:
     timestep_spacing: str | None = None
     steps_offset: int = 0
     original_inference_steps: int = 50  # lcm, tcd: the steps of the teacher, among which theirs are chosen
-    set_alpha_to_one: bool = True
+    set_alpha_to_one: bool | None = None  # unsaid is true, but for PNDM
     final_sigmas_type: str = "zero"
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
@@ -106,13 +108,14 @@ class ScheduleConfig:
     def from_json(cls, fields: dict) -> "ScheduleConfig":
         """Read diffusers' JSON; a field that is neither implemented nor neutral is refused by name."""
         name = fields.get("_class_name", "DDIMScheduler")
-        if name not in CLASSES:
+        if not isinstance(name, str) or name not in CLASSES:
             raise LDMError(
-                f"The scheduler file names {name!r}; ldm knows {', '.join(CLASSES)}.{nearest(name, CLASSES)}"
+                f"The scheduler file names {name!r}; ldm knows {', '.join(CLASSES)}.{nearest(str(name), CLASSES)}"
             )
         rule, _, silent = CLASSES[name]
         # null: what the class does when told nothing
         fields = silent | {k: v for k, v in fields.items() if v is not None}
+        check_kinds(fields)
         sampler = sampler_of(name, fields)
         neutral = NEUTRAL | {k: v for k, v in fields.items() if k in CHOOSES_SAMPLER}
         config = replace(from_json(cls, fields, neutral, "the scheduler"), rule=rule, sampler=sampler)
@@ -130,6 +133,16 @@ class ScheduleConfig:
             raise LDMError(f"The scheduler file has final_sigmas_type {self.final_sigmas_type!r}, unknown to ldm.")
         if self.time_shift_type not in ("exponential", "linear"):
             raise LDMError(f"The scheduler file has time_shift_type {self.time_shift_type!r}, unknown to ldm.")
+        if self.trained_betas is not None and len(self.trained_betas) < self.num_train_timesteps:
+            raise LDMError(
+                f"The scheduler file has {len(self.trained_betas)} trained_betas for {self.num_train_timesteps} "
+                "num_train_timesteps: each training step needs one."
+            )
+        if self.use_dynamic_shifting and self.max_image_seq_len <= self.base_image_seq_len:
+            raise LDMError(
+                f"The scheduler file has max_image_seq_len {self.max_image_seq_len}: it must be above "
+                f"base_image_seq_len, {self.base_image_seq_len}."
+            )
         choice = self.sigmas
         if name in WITHOUT_CHOICE and choice != "spaced":
             raise LDMError(f"The scheduler file asks for {choice} sigmas, which {name} doesn't read.")
@@ -173,7 +186,50 @@ WITHOUT_ZERO_SNR = (
     "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler",
 )  # fmt: skip
 
-CHOOSES_SAMPLER = ("skip_prk_steps", "algorithm_type", "solver_order", "solver_type", "lower_order_final")
+CHOOSES_SAMPLER = {
+    "skip_prk_steps": bool, "algorithm_type": str, "solver_order": int, "solver_type": str, "lower_order_final": bool,
+}  # fmt: skip
+RANGES = {  # of whole numbers the least and the most; others lie between the two
+    "num_train_timesteps": (2, 10**6),
+    "steps_offset": (0, 10**6),
+    "original_inference_steps": (1, 10**6),
+    "solver_order": (0, 99),  # which of them there are says `sampler_of`
+    "beta_start": (0, 1),
+    "beta_end": (0, 1),
+    "trained_betas": (0, 1),
+    "sigma_min": (0, 1e6),
+    "sigma_max": (0, 1e6),
+    "shift": (0, 1e6),
+    "base_shift": (-100, 100),
+    "max_shift": (-100, 100),
+    "base_image_seq_len": (1, 10**9),
+    "max_image_seq_len": (1, 10**9),
+    "shift_terminal": (0, 1),
+}
+
+
+def check_kinds(file: dict) -> None:
+    """Refuse a field that holds something else than its kind of value, or a number out of its range."""
+    kinds = {f.name: (get_args(f.type) or (f.type,))[0] for f in fields(ScheduleConfig)} | CHOOSES_SAMPLER
+    for name in (name for name in file if name in kinds):
+        value, kind, (low, high) = file[name], kinds[name], RANGES.get(name, (0, 0))
+
+        def between(x: object, low: float = low, high: float = high) -> bool:
+            return isinstance(x, int | float) and not isinstance(x, bool) and low < x < high
+
+        right, words = {
+            bool: (isinstance(value, bool), "true or false"),
+            str: (isinstance(value, str), "a word"),
+            int: (isinstance(value, int) and between(value, low - 1, high + 1), f"a whole number, {low} to {high}"),
+            float: (between(value), f"a number above {low:g} and below {high:g}"),
+        }.get(kind) or (
+            isinstance(value, list | tuple) and all(map(between, value)),
+            f"a list of numbers above {low:g} and below {high:g}",
+        )
+        if not right:
+            raise LDMError(f"The scheduler file has {name} {reprlib.repr(value)}: it must be {words}.")
+
+
 SOLVERS = {  # (class, algorithm_type, solver_order) -> sampler; without noise, the first order of all is DDIM's step
     ("DPMSolverMultistepScheduler", "dpmsolver++", 1): "ddim",
     ("DPMSolverMultistepScheduler", "dpmsolver++", 2): "dpm++2m",
@@ -260,3 +316,19 @@ NEUTRAL = {  # fields of the JSON that we accept at these values alone: with the
     "use_lu_lambdas": False,
     "variance_type": "fixed_small",
 }
+
+
+def as_read_for(sampler: str, config: ScheduleConfig) -> ScheduleConfig:
+    """The file as diffusers' class of that sampler reads it (`from_config`): what the class doesn't know is dropped."""
+    sampler = sampler.removesuffix("-bh1")
+    owners = [name for name, (_, own, _) in CLASSES.items() if own == sampler]
+    owners += [name for (name, _, _), own in SOLVERS.items() if own == sampler]
+    name = owners[0] if owners else "PNDMScheduler"
+    dropped = {}
+    if name in WITHOUT_CHOICE:
+        dropped = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+    if name in WITHOUT_ZERO_SNR:
+        dropped["rescale_betas_zero_snr"] = False
+    if name == "PNDMScheduler" and config.set_alpha_to_one is None:
+        dropped["set_alpha_to_one"] = False
+    return replace(config, rule=CLASSES[name][0], **dropped)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -65,15 +66,16 @@ class Schedule:
         if self.prediction == "epsilon" and self.levels[0].alpha == 0:
             raise LDMError(
                 "This schedule begins at alpha = 0, pure noise, where predicting the noise says nothing of the "
-                "picture: a model trained for it predicts v or flow (Lin et al. 2023, section 3.3)."
+                "picture: a model trained for it predicts v or flow (Lin et al. 2023, section 3.2)."
             )
         for a, b in () if self.compat else pairwise(self.levels):
             if stays(a, b) or b.ratio > a.ratio:
                 what = "are the same noise level" if stays(a, b) else "rise instead of falling"
                 raise LDMError(
                     f"Rows {a.i} and {b.i} of this schedule (t = {a.t:g} and {b.t:g}) {what}, and a step between them "
-                    "would be lost: take fewer steps, another timestep_spacing or other sigmas, or let the table end "
-                    "at zero (final_sigmas_type zero, set_alpha_to_one true); compat keeps it as diffusers has it."
+                    "would be lost: take fewer steps, another rule, other sigmas or timesteps (whose last is 1 or "
+                    "more), or let the scheduler file end at zero (set_alpha_to_one true, final_sigmas_type zero); "
+                    "compat keeps the table as diffusers has it."
                 )
 
     def __len__(self) -> int:
@@ -137,6 +139,8 @@ def make_schedule(
     sequence, where the file shifts levels by it. `compat` copies diffusers 0.42.1 where it departs from the method.
     Raises LDMError for what the schedule cannot hold.
     """
+    sigmas = sigmas if isinstance(sigmas, str | None) else numbers("sigmas", sigmas)
+    timesteps = None if timesteps is None else numbers("timesteps", timesteps)
     config = config if rule is None else replace(config, rule=rule)
     find_rule(config.rule)
     if (config.rule == "flow") != (config.prediction_type == "flow"):
@@ -150,28 +154,63 @@ def make_schedule(
     if config.rule == "flow":
         return flow_table(config, n, sigmas, timesteps, tokens, compat)
     bars = alpha_bars(config).double().numpy()
-    if isinstance(sigmas, str | None):
-        given = timesteps is not None
-        rows = [row_at(i, t, bars) for i, t in enumerate(timesteps if given else spaced_timesteps(config, n))]
-        choice = sigmas or ("spaced" if given else config.sigmas)
-        if choice != "spaced":
-            rows = chosen_rows(config, rows, bars, choice, compat)
-        rows.append(last_row(config, rows, bars, compat and choice != "spaced"))
-    else:
-        rows = [level_of(i, timestep_of(s, bars), float(s), flow=False) for i, s in enumerate(sigmas)]
+    choice = sigmas if sigmas is not None else "spaced" if timesteps is not None else config.sigmas
+    rows = rows_of(config, n, choice, timesteps, bars, compat)
     # "leading" stops short of the noisiest step and calls its first level pure noise; so do rules that aren't scaled.
     scaled = find_rule(config.rule).scaled and config.spacing != "leading"
-    striding = compat and config.rule == "ddim" and timesteps is None and (sigmas or config.sigmas) == "spaced"
+    striding = compat and config.rule == "ddim" and timesteps is None and choice == "spaced"
     landings = ddim_landings(rows, bars, config.num_train_timesteps // n) if striding else None
     start_scale = rows[0].sigma if scaled else 1.0
     return Schedule(tuple(rows), config.prediction_type, start_scale, config.rule, landings, compat, bars,
                     config.num_train_timesteps)  # fmt: skip
 
 
+def rows_of(
+    config: ScheduleConfig,
+    n: int,
+    choice: str | Sequence[float],
+    timesteps: Sequence[float] | None,
+    bars: np.ndarray,
+    compat: bool,
+) -> list[Level]:
+    """The n+1 levels: the caller's own, those of his timesteps, or spaced or chosen as the rule does it."""
+    if not isinstance(choice, str):
+        most = level_at(0, 0, float(bars[-1])).ratio
+        if choice[0] > 1.05 * most:
+            raise LDMError(
+                f"The sigmas given begin at {choice[0]:g}: training ended at {most:.4g}; begin there or below."
+            )
+        return [level_of(i, timestep_of(s, bars), float(s), flow=False) for i, s in enumerate(choice)]
+    if timesteps is None:
+        timesteps = spaced_timesteps(config, n)
+    elif compat and not find_rule(config.rule).fractions:  # diffusers cuts them
+        timesteps = [int(t) for t in timesteps]
+    rows = [row_at(i, t, bars) for i, t in enumerate(timesteps)]
+    if choice != "spaced":
+        rows = chosen_rows(config, rows, bars, choice, compat)
+    return [*rows, last_row(config, rows, bars, compat and choice != "spaced")]
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, of any library; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    """Whatever holds numbers (a list, an array, a tensor) as plain ones, or an LDMError."""
+    try:
+        if isinstance(values, str | bytes):  # of which Python would make numbers, digit by digit
+            raise TypeError
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last from tensors within tensors
+        raise LDMError(f"{name} must be a list of falling numbers, not {values!r}.") from error
+
+
 def count_steps(
     config: ScheduleConfig, n: int | None, sigmas: str | Sequence[float] | None, timesteps: Sequence[float] | None
 ) -> int:
     """How many steps were asked for, in any of the three ways; an LDMError if there is no such schedule."""
+    n = int(n) if is_whole(n) else n
     if timesteps is not None or not isinstance(sigmas, str | None):
         name, given, least = ("timesteps", timesteps, 0) if timesteps is not None else ("sigmas", sigmas, 1)
         falls = all(a > b for a, b in pairwise(given))
@@ -181,14 +220,14 @@ def count_steps(
             raise LDMError(
                 f"{name} must be {least + 1} or more falling numbers, none below 0{ends}: not {list(given)}."
             )
-        if n not in (None, len(given) - least):
+        if n is not None and not (is_whole(n) and n == len(given) - least):
             raise LDMError(
-                f"{n} steps asked for, but the {name} given make {len(given) - least}: leave one of them out."
+                f"{n!r} steps asked for, but the {name} given make {len(given) - least}: leave one of them out."
             )
         return len(given) - least
     most = most_steps(config)
-    if n is None or not 1 <= n <= most:
-        raise LDMError(f"{n} steps asked for; this model's schedule has between 1 and {most} of them.")
+    if not is_whole(n) or not 1 <= n <= most:
+        raise LDMError(f"{n!r} steps asked for; this model's schedule has between 1 and {most} of them.")
     return n
 
 
@@ -204,7 +243,7 @@ def chosen_rows(config: ScheduleConfig, rows: list[Level], bars: np.ndarray, cho
     """As many rows with other noise levels, and the timesteps that training had for them, as the rule tells them."""
     rule, n = find_rule(config.rule), len(rows)
     ends = (level_at(0, 0, bars[-1]), level_at(0, 0, bars[0])) if rule.whole_range else (rows[0], rows[-1])
-    most, least = config.sigma_max or ends[0].ratio, config.sigma_min or ends[1].ratio
+    most, least = file_ends(config, ends[0].ratio, ends[1].ratio)
     if most == math.inf:
         raise LDMError(
             f"This schedule begins at pure noise (zero terminal SNR), from where no {choice} levels lead: take sigmas "
@@ -219,6 +258,14 @@ def chosen_rows(config: ScheduleConfig, rows: list[Level], bars: np.ndarray, cho
     return [level_of(i, t, float(ratio), flow=False) for i, (t, ratio) in enumerate(zip(ts, ratios, strict=True))]
 
 
+def file_ends(config: ScheduleConfig, most: float, least: float) -> tuple[float, float]:
+    """The ends of chosen levels: these, where the file has no others."""
+    return (
+        most if config.sigma_max is None else config.sigma_max,
+        least if config.sigma_min is None else config.sigma_min,
+    )
+
+
 def whole_timesteps_of_diffusers(config: ScheduleConfig, choice: str, n: int) -> list[int]:
     """What the classes of DPM-Solver, DEIS and UniPC tell the network: rounded for Karras' levels, else cut.
 
@@ -228,7 +275,7 @@ def whole_timesteps_of_diffusers(config: ScheduleConfig, choice: str, n: int) ->
     bars = alpha_bars(config)
     ratios = ((1 - bars) / bars) ** 0.5
     logs = np.log(ratios.numpy())
-    ends = config.sigma_max or ratios[-1].item(), config.sigma_min or ratios[0].item()
+    ends = file_ends(config, ratios[-1].item(), ratios[0].item())
     ts = [place_among(logs, np.log(ratio)) for ratio in choose_sigmas(choice, *ends, n)]
     rounds = choice == "karras" and (config.rule, config.beta_schedule) != ("dpm", "squaredcos_cap_v2")
     return [round(t) if rounds else int(t) for t in ts]
@@ -238,7 +285,7 @@ def last_row(config: ScheduleConfig, rows: list[Level], bars: np.ndarray, chosen
     """Where the table ends: on the clean latent, or on the cleanest training level."""
     n, ends = len(rows), find_rule(config.rule).ends
     if ends == "file":
-        clean = config.set_alpha_to_one if config.rule == "ddim" else config.final_sigmas_type == "zero"
+        clean = config.set_alpha_to_one is not False if config.rule == "ddim" else config.final_sigmas_type == "zero"
         ends = "zero" if clean else "first"
     if ends == "first" and chosen_compat and config.rule in ("unipc", "deis"):
         return rows[-1]._replace(i=n, t=0.0)  # diffusers ends there twice
@@ -272,7 +319,7 @@ def flow_table(
         # diffusers shifts the lower end here and, with all others, once more below: so do its trained models' users.
         least = 1 / total if config.use_dynamic_shifting else float(shifted(config, np.array([1 / total]), None)[0])
         s = shifted(config, np.linspace(1, least, n), tokens)
-        choice = sigmas or config.sigmas
+        choice = sigmas if sigmas is not None else config.sigmas
         if choice in AYS:
             raise LDMError(f"The {choice} levels were found for Stable Diffusion: a flow model has no use for them.")
         s = np.append(s if choice == "spaced" else choose_sigmas(choice, s[0], s[-1], n), 0.0)
