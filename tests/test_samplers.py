@@ -828,3 +828,13 @@ def test_tcd_with_a_network_that_was_not_distilled_tends_to_the_data_s_law_witho
         _, variance = law(affine(partial(tcd, eta=eta), schedule), *marginal(schedule[0]))
         ratio[eta] = variance / STD**2
     assert abs(ratio[0.0] - 1) < 0.02 and 0.85 < ratio[0.3] < 0.95
+
+
+def test_tcd_s_last_step_is_without_noise_wherever_it_ends():
+    """Nothing follows that could take it away again: also on a table that stops early."""
+    schedule = make_schedule(ScheduleConfig(**SD), sigmas=[10.0, 2.0, 0.5])
+    *_, before, last = sample(
+        gaussian, normal(3, 1, 1, 8, 8).double(), schedule, SAMPLERS["tcd"].step, Noise.from_seeds([1])
+    )
+    assert torch.equal(last.x, last.next.alpha * last.x0 + last.next.sigma * last.eps) and last.next.sigma > 0.4
+    assert (before.x - before.next.alpha * before.x0 - before.next.sigma * before.eps).abs().max() > 0.01
