@@ -361,6 +361,7 @@ def test_the_matrix_is_as_large_as_it_says():
     assert sum(len(cases) for _, _, cases in MATRIX) >= 3000
     assert {VARIANTS[name][2] for name, _, _ in MATRIX} == set(SAMPLERS)
     assert {VARIANTS[name][0] for name in VARIANTS} == set(CLASSES)
+    assert (len(SAMPLERS), len(CLASSES)) == (28, 17)  # as README says
 
 
 # --------------------------------------------------------------------------------------- levels given by the caller
