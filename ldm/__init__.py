@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 PLACES = {  # the public names, and the modules they live in
     "load": "ldm.loading",
+    "load_controlnet": "ldm.loading",
+    "Control": "ldm.control",
     "LDMError": "ldm.errors",
     "Pipeline": "ldm.pipeline",
     "Noise": "ldm.noise",

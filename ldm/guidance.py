@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.diffusion import Prediction, to_x0_eps
 from ldm.errors import LDMError
 from ldm.models.blocks import Context
-from ldm.models.unet import Extras, UNet
+from ldm.models.unet import Extras, Residuals, UNet
 from ldm.schedules import Level
 
 
@@ -29,16 +29,27 @@ class Output(NamedTuple):
 
 
 Network = Callable[[Tensor, Level], Output]
+Controller = Callable[[Tensor, Level], Residuals | None]  # what ControlNets add inside the UNet; None: nothing
 
 
-def conditional(unet: UNet, context: Tensor, extras: Extras = Extras()) -> Network:
-    """The UNet reading `context` (B, L, D), of which keys and values are computed here, once."""
+def conditional(
+    unet: UNet, context: Tensor, extras: Extras = Extras(), controller: Controller = lambda x, level: None
+) -> Network:
+    """The UNet reading `context` (B, L, D), of which keys and values are computed here, once.
+
+    A `controller` (`ldm.control`) says what ControlNets add inside it.
+    """
     prepared: Context = unet.prepare(context)
 
     def network(x: Tensor, level: Level) -> Output:
-        return Output(unet(x, level.t, prepared, extras))
+        return Output(unet(x, level.t, prepared, extras, controller(x, level)))
 
     return network
+
+
+def joined(network: Network, channels: Tensor) -> Network:
+    """A network that reads `channels` (B, C', h, w) behind the latent's own: a mask, a masked picture, a depth."""
+    return lambda x, level: network(torch.cat([x, channels], dim=1), level)
 
 
 # (uncond, cond), or where there are more prompts (uncond, cond_1, ..., cond_K); each (B, C, h, w)
@@ -67,6 +78,19 @@ def classifier_free(halves: Halves, scale: float) -> Network:
     def network(x: Tensor, level: Level) -> Output:
         uncond, cond = halves(x, level)
         return Output(uncond + scale * (cond - uncond), cond, uncond)
+
+    return network
+
+
+def text_and_image(halves: Halves, scale: float, image_scale: float) -> Network:
+    """Two guidances, to the sentence and to the picture that is edited (Brooks et al. 2023, InstructPix2Pix, eq. 3).
+
+    `halves` gives three parts: without both, with the picture alone, with both.
+    """
+
+    def network(x: Tensor, level: Level) -> Output:
+        uncond, image, cond = halves(x, level)
+        return Output(uncond + scale * (cond - image) + image_scale * (image - uncond), cond, uncond)
 
     return network
 

@@ -9,11 +9,13 @@ from ldm.config import from_json
 from ldm.errors import LDMError, nearest, say_on_stderr
 from ldm.io.folders import find_weights, read_fields
 from ldm.io.weights import blank, load_weights
+from ldm.models.controlnet import ControlNet, ControlNetConfig, check_base
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.pipeline import Pipeline
 from ldm.schedules import ScheduleConfig
 from ldm.settings import Defaults
+from ldm.tasks import task_of
 from ldm.text.clip import TextConfig, TextEncoder
 from ldm.text.tokenizer import Tokenizer
 
@@ -25,7 +27,9 @@ PARTS = {
     "vae": ("AutoencoderKL",),
     "scheduler": None,  # read by `ScheduleConfig`, which knows the classes
 }
-PASSED_OVER = ("safety_checker", "feature_extractor", "image_encoder")  # they take no part in drawing
+OPTIONAL = {"low_res_scheduler": None}  # an upscaler's: the noise on the small picture
+# They take no part in drawing. A depth estimator is for `ldm.conditions.estimate_depth`.
+PASSED_OVER = ("safety_checker", "feature_extractor", "image_encoder", "watermarker", "depth_estimator")
 
 
 def load(
@@ -67,7 +71,27 @@ def load(
         scheduler,
         defaults,
         folder,
+        read_scheduler(folder / "low_res_scheduler") if (folder / "low_res_scheduler").is_dir() else None,
     )
+
+
+def load_controlnet(
+    model: str | Path, pipe: Pipeline, dtype: torch.dtype | str | None = None, variant: str | None = None
+) -> ControlNet:
+    """`model`: an embedded ControlNet's name ("scenes-canny") or its folder in diffusers' format, for that pipeline.
+
+    It is read in the pipeline's dtype, or in another, to its device. Raises LDMError, before a weight is read, for one
+    that was made for another base, and as `load` does.
+    """
+    folder = find_model(model, "config.json")
+    if (folder / "model_index.json").exists():
+        raise LDMError(f"{folder} is a whole model, not a ControlNet: ldm.load reads it.")
+    config = ControlNetConfig.from_json(read_fields(folder / "config.json"))
+    check_base(config, pipe.unet.config, pipe.vae.config, str(folder))
+    with blank():
+        net = ControlNet(config)
+    paths = find_weights(folder, "diffusion_pytorch_model", variant)
+    return load_weights(net, paths, pipe.dtype if dtype is None else find_dtype(dtype), pipe.device)
 
 
 def find_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -84,24 +108,31 @@ def find_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 def read_schedule(folder: Path) -> tuple[ScheduleConfig, Defaults]:
     """What a folder says of its noise levels, in its scheduler's file and in `ldm.json`; no weights are read."""
-    # diffusers writes DPM-Solver's lambda_min_clipped as -Infinity
-    config = ScheduleConfig.from_json(read_fields(folder / "scheduler" / "scheduler_config.json", ("-Infinity",)))
     path = folder / "ldm.json"
-    return config, from_json(Defaults, read_fields(path), {}, str(path)) if path.exists() else Defaults()
+    defaults = from_json(Defaults, read_fields(path), {}, str(path)) if path.exists() else Defaults()
+    return read_scheduler(folder / "scheduler"), defaults
 
 
-def embedded() -> dict[str, Path]:
-    """The models that travel with ldm: in `weights/` of a checkout, or inside an installed package."""
+def read_scheduler(folder: Path) -> ScheduleConfig:
+    # diffusers writes DPM-Solver's lambda_min_clipped as -Infinity
+    return ScheduleConfig.from_json(read_fields(folder / "scheduler_config.json", ("-Infinity",)))
+
+
+def embedded(mark: str = "model_index.json") -> dict[str, Path]:
+    """The models that travel with ldm, those that hold the file `mark`: "config.json" is a ControlNet's.
+
+    They lie in `weights/` of a checkout, or inside an installed package.
+    """
     for root in (Path(__file__).parent / "weights", Path(__file__).parent.parent / "weights"):
-        found = {path.parent.name: path.parent for path in sorted(root.glob("*/model_index.json"))}
+        found = {path.parent.name: path.parent for path in sorted(root.glob(f"*/{mark}"))}
         if found:
             return found
     return {}
 
 
-def find_model(model: str | Path) -> Path:
+def find_model(model: str | Path, mark: str = "model_index.json") -> Path:
     """The folder of an embedded model's name, or the folder itself. Raises LDMError if there is none."""
-    known = embedded()
+    known = embedded(mark)
     if str(model) in known:
         return known[str(model)]
     folder = Path(model)
@@ -124,9 +155,9 @@ def check_index(folder: Path) -> None:
     for name, cls in parts.items():
         if name in PASSED_OVER:
             say_on_stderr(f"{folder}: {name} takes no part in drawing and is passed over.")
-        elif name not in PARTS:
+        elif name not in PARTS and name not in OPTIONAL:
             raise LDMError(f"{folder}/model_index.json names a part that ldm doesn't know: {name!r} ({cls}).")
-        elif PARTS[name] is not None and cls not in PARTS[name]:
+        elif PARTS.get(name) is not None and cls not in PARTS[name]:
             raise LDMError(f"{folder}/model_index.json: {name} is a {cls}; ldm knows {' and '.join(PARTS[name])}.")
     missing = [name for name in PARTS if name not in parts]
     if missing:
@@ -135,8 +166,9 @@ def check_index(folder: Path) -> None:
 
 def check_fit(folder: Path, tokenizer: Tokenizer, text: TextConfig, unet: UNetConfig, vae: VAEConfig) -> None:
     """Refuse parts of different models, and UNets that ask for more than a prompt, before a weight is read."""
+    task = task_of(unet.in_channels, vae.latent_channels)
     for name in ("time_cond_proj_dim", "num_class_embeds", "addition_embed_type"):  # LCM, upscaler, SDXL
-        if getattr(unet, name) is not None:
+        if getattr(unet, name) is not None and (name, task) != ("num_class_embeds", "upscale"):
             raise LDMError(f"{folder}: the UNet asks for more than a prompt ({name}), which ldm.load doesn't give it.")
     ids, length = 1 + max(tokenizer.ids.values()), tokenizer.max_length
     faults = []
@@ -146,8 +178,10 @@ def check_fit(folder: Path, tokenizer: Tokenizer, text: TextConfig, unet: UNetCo
     if text.hidden_size != unet.cross_attention_dim:
         wanted = unet.cross_attention_dim
         faults.append(f"the text encoder speaks vectors of {text.hidden_size} numbers, the UNet reads {wanted}")
-    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+    if task is None or unet.out_channels != vae.latent_channels:
         inner = f"{unet.in_channels} channels and returns {unet.out_channels}"
         faults.append(f"the UNet takes {inner}, the VAE's latents have {vae.latent_channels}")
+    if task == "upscale" and (unet.num_class_embeds is None or not (folder / "low_res_scheduler").is_dir()):
+        faults.append("the UNet upscales, which takes noise levels (num_class_embeds) and a low_res_scheduler")
     if faults:
         raise LDMError(f"{folder}: {'; '.join(faults)}: these parts don't belong together.")

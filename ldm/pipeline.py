@@ -6,47 +6,57 @@
     for step in pipe.steps("a large red house on snow at night", seed=7):
         show(pipe.decode(step.x0))
 
+    pipe("the same at sunset", image="photo.png", strength=0.6, mask="mask.png", control=[Control(net, "edges.png")])
+
 Each station of the road is a method of `Pipeline`, and each part is usable alone.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from itertools import chain
-from numbers import Integral, Real
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm import pictures, tasks
+from ldm.control import Control, Seen, lead
 from ldm.errors import LDMError, say_on_stderr
-from ldm.guidance import Network, classifier_free, conditional, denoiser, halves_apart, halves_together
-from ldm.models.unet import UNet
+from ldm.guidance import (
+    Network,
+    classifier_free,
+    conditional,
+    denoiser,
+    halves_apart,
+    halves_together,
+    joined,
+    text_and_image,
+)
+from ldm.io.pictures import as_picture
+from ldm.models.controlnet import check_base
+from ldm.models.unet import Extras, UNet
 from ldm.models.vae import VAE
 from ldm.noise import Noise
-from ldm.samplers import SAMPLERS, find_sampler
-from ldm.sampling import Sampler, Step, sample
-from ldm.schedules import Schedule, ScheduleConfig
-from ldm.settings import Defaults, Settings, choose_levels, whole
+from ldm.run import Result, Run, finite
+from ldm.samplers import find_sampler
+from ldm.samplers.inverse import ddim_inverse
+from ldm.sampling import Sampler, Step
+from ldm.schedules import Level, Schedule, ScheduleConfig, alpha_bars
+from ldm.settings import Defaults, Model, Settings, choose_levels, choose_settings
 from ldm.text.clip import TextEncoder
 from ldm.text.tokenizer import Tokenizer
+from ldm.tiles import in_tiles, tiled
 
-
-@dataclass(frozen=True)
-class Result:
-    """`images`: PIL pictures, prompt by prompt, `count` of each. `x0` (B, C, h, w): the latents decoded to them."""
-
-    images: list[Image.Image]
-    x0: Tensor
-    settings: Settings
+OVERLAP = 4  # tiles share a quarter of their side
 
 
 class Pipeline:
     """The parts of a latent diffusion model, each usable alone, and the road through them.
 
-    `tokenizer`, `text_encoder`, `unet`, `vae` are the parts; `schedule(n)` makes the table for n steps.
+    `tokenizer`, `text_encoder`, `unet`, `vae` are the parts; `schedule(n)` makes the table for n steps; `low_res` is an
+    upscaler's second schedule, that of the noise on its small picture.
     """
 
     def __init__(
@@ -58,82 +68,163 @@ class Pipeline:
         scheduler: ScheduleConfig,
         defaults: Defaults = Defaults(),
         folder: Path | None = None,
+        low_res: ScheduleConfig | None = None,
     ):
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
-        self.scheduler, self.defaults, self.folder = scheduler, defaults, folder
+        self.scheduler, self.defaults, self.folder, self.low_res = scheduler, defaults, folder, low_res
 
     # ------------------------------------------------------------------------------------------ the road
 
-    def __call__(self, prompt: str | Sequence[str], *, one_by_one: bool = False, **options) -> Result:
-        """Draw pictures; the options are those of `steps`.
+    def __call__(
+        self, prompt: str | Sequence[str], *, one_by_one: bool = False, after: Sequence[Step] = (), **options
+    ) -> Result:
+        """Draw pictures; the options are those of `prepare`.
 
         `one_by_one` draws each picture of the batch alone: slower, and its bits don't depend on the others.
         """
-        settings = self.settings(prompt, **{k: v for k, v in options.items() if k in SETTINGS})
-        if one_by_one and len(settings.seeds) > 1:
-            return self._one_by_one(settings, options)
-        *_, last = chain(options.get("after", ()), self.steps(prompt, **options))  # a finished run takes no step more
-        return Result(self.decode(last.x), last.x, settings)
+        if one_by_one:
+            return self._one_by_one(prompt, after, options)
+        run = self.prepare(prompt, **options)
+        x = run.x
+        for step in chain(after, run.steps(after)):  # a finished run takes no step more, one of strength 0 none at all
+            x = step.x
+        return run.finish(x)
 
-    def _one_by_one(self, settings: Settings, options: dict) -> Result:
+    def _one_by_one(self, prompt: str | Sequence[str], after: Sequence[Step], options: dict) -> Result:
         of_a_batch = ("latents", "generator", "network")
-        if options.get("after") or any(options.get(name) is not None for name in of_a_batch):
+        if after or any(options.get(name) is not None for name in of_a_batch):
             raise LDMError(
                 "one_by_one begins each picture from its seed: pass no latents, generator, after or network with it."
             )
+        settings = self.prepare(prompt, **options).settings
+        n = len(settings.seeds)
+
+        def own(given: object, k: int) -> object:
+            return given[k] if isinstance(given, list | tuple) and len(given) == n else given
+
         options = {k: v for k, v in options.items() if k not in ("negative", "seed", "count")}
+        pictured = {name: options.pop(name) for name in ("image", "mask", "depth") if name in options}
+        controls = options.pop("control", ())
         results = [
-            self(prompt, negative=negative, seed=seed, **options)
-            for prompt, negative, seed in zip(settings.prompt, settings.negative, settings.seeds, strict=True)
+            self(
+                settings.prompt[k],
+                negative=settings.negative[k],
+                seed=settings.seeds[k],
+                control=[replace(each, picture=own(each.picture, k)) for each in controls],
+                **{name: own(given, k) for name, given in pictured.items()},
+                **options,
+            )
+            for k in range(n)
         ]
         images = [image for result in results for image in result.images]
-        return Result(images, torch.cat([result.x0 for result in results]), settings)
+        changed = tuple(number for result in results for number in result.changed)
+        return Result(images, torch.cat([result.x0 for result in results]), settings, changed)
 
-    def steps(
+    def steps(self, prompt: str | Sequence[str], *, after: Sequence[Step] = (), **options) -> Iterator[Step]:
+        """The steps of a run, each yielded as it is taken (`ldm.sampling.Step`); nothing is hidden between them.
+
+        The options are those of `prepare`. `after=steps[:k]` goes on from steps of an earlier run.
+        Raises LDMError, at once, for what cannot be.
+        """
+        return self.prepare(prompt, **options).steps(after)
+
+    def prepare(
         self,
         prompt: str | Sequence[str],
         *,
-        negative: str | Sequence[str] = "",
-        seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
-        eta: float | None = None,
-        rule: str | None = None,
-        sigmas: str | Sequence[float] | None = None,
-        timesteps: Sequence[float] | None = None,
-        compat: bool = False,
+        image: object = None,
+        strength: float | None = None,
+        mask: object = None,
+        paste: bool = True,
+        control: Sequence[Control] = (),
+        depth: object = None,
         width: int | None = None,
         height: int | None = None,
-        count: int = 1,
         clip_skip: int = 0,
         latents: Tensor | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        after: Sequence[Step] = (),
         together: bool = True,
+        tile: int | None = None,
         network: Network | None = None,
-    ) -> Iterator[Step]:
-        """The steps of a run, each yielded as it is taken (`ldm.sampling.Step`); nothing is hidden between them.
+        **options,
+    ) -> Run:
+        """Everything that a run needs before its first step; the other options are those of `settings`.
 
-        Pictures: `count` for each prompt, with seeds seed, seed + 1, ... `latents` (B, C, h, w) of unit variance, or a
-        `generator` (one for the batch's single picture, or one a picture), replace what the seeds would draw.
-        `guidance` 1 or less runs the conditional model alone, in which `negative` has no part. `after=steps[:k]` goes
-        on from steps of an earlier run. `together` False runs the two halves of guidance one after the other.
-        `rule`, `sigmas`, `timesteps` choose the noise levels (`ldm.schedules.make_schedule`); `compat` does what
-        diffusers does where it departs from a method, and takes the rule of the sampler's class there. A `network`
-        made of `ldm.guidance`'s closures takes the place of the UNet, and the prompts' with it.
+        Pictures are paths, Pillow pictures or arrays, one for all or a list with one for each picture drawn.
+
+        image      begin from this picture, or from latents (B, C, h, w), by `strength`; or upscale it or edit it,
+                   where the model is made for that
+        mask       white is drawn anew, black is kept; with `paste`, bit for bit
+        control    ControlNets and their pictures (`ldm.control.Control`), any number of them
+        depth      what a depth-to-image model keeps: (H, W), larger is nearer
+        latents    (B, C, h, w) of unit variance, or a `generator` (one for a single picture, or one a picture), replace
+                   what the seeds would draw
+        together   False runs the halves of guidance one after the other
+        tile       draw in overlapping tiles of so many pixels; an upscaler does so by itself, 0 forbids it
+        network    made of `ldm.guidance`'s closures, takes the place of the UNet, and the prompts' with it
+
         Raises LDMError, at once, for what cannot be.
         """
-        settings = self.settings(
-            prompt, negative=negative, seed=seed, steps=steps, guidance=guidance, sampler=sampler, eta=eta,
-            rule=rule, sigmas=sigmas, timesteps=timesteps, compat=compat, width=width, height=height, count=count,
-        )  # fmt: skip
-        schedule, sampler = self.schedule_of(settings), self.sampler(settings)
-        noise = self.noise(settings, generator)
-        x = self.start(settings, schedule, noise, latents)
-        network = self.network(settings, clip_skip, together) if network is None else network
+        task = self.task
+        tasks.check_given(task, image is not None, mask is not None, depth is not None, options)
+        shown = self.pictures_of(image)
+        if shown:
+            own = (
+                shown[0].size
+                if task == "upscale"
+                else pictures.choose_size(shown[0], self.default_size, self.vae.config.factor)
+            )
+            grown = self.vae.config.factor if task == "upscale" else 1
+            width, height = width or grown * own[0], height or grown * own[1]
+        elif isinstance(image, Tensor):
+            width, height = (self.vae.config.factor * side for side in (image.shape[3], image.shape[2]))
+        begins = image is not None and task not in ("upscale", "edit")
+        if begins and strength is None:
+            strength = 0.8 if mask is None else 1.0
+        elif not begins and strength is not None:
+            raise LDMError("strength says how much of a picture is drawn over: pass the picture as image (--image).")
+        settings = self.settings(prompt, width=width, height=height, strength=strength, **options)
+        schedule, noise = self.schedule_of(settings), self.noise(settings, generator)
+        given, original, masks = self.given(settings, image, shown, mask, depth)
+        start = self.begin(settings, schedule, noise, given, latents)
+        sampler = self.sampler(settings)
+        if start.known is not None:
+            sampler = tasks.blended(sampler, *start.known)
+        if network is None:
+            seen = self.look(settings, schedule, control)
+            tile = (512 if task == "upscale" else 0) if tile is None else tile
+            network = self.network(settings, clip_skip, together, start.channels, seen, tile)
+        decode = partial(self.decode, tile=tile or 0)
+
+        def finish(x: Tensor) -> Result:
+            images, changed = decode(x), ()
+            if masks and paste:
+                pairs = [(original[k % len(original)], masks[k % len(masks)]) for k in range(len(images))]
+                changed = tuple(pictures.changed_outside(i, *pair) for i, pair in zip(images, pairs, strict=True))
+                images = [pictures.paste(i, *pair) for i, pair in zip(images, pairs, strict=True)]
+            return Result(images, x, settings, changed)
+
         denoise = denoiser(network, schedule.prediction)
-        return watched(sample(denoise, x, schedule, sampler, noise, after))
+        return Run(settings, schedule, start.x, denoise, sampler, noise, decode, finish)
+
+    @torch.no_grad()
+    def invert(
+        self, image: object, prompt: str | Sequence[str], *, guidance: float = 1.0, refine: int = 5, **options
+    ) -> Tensor:
+        """The noise (B, C, h, w) from which DDIM draws this picture: its road walked upwards (Song et al. 2021).
+
+        `pipe(prompt, latents=..., sampler="ddim", guidance=...)` with the same settings leads back to it, and with
+        another prompt to a relative of it. `refine`: how often each step is corrected (`ldm.samplers.inverse`).
+        """
+        run = self.prepare(prompt, image=image, strength=0.0, guidance=guidance, sampler="ddim", **options)
+        upwards = replace(
+            run,
+            settings=replace(run.settings, strength=None),
+            schedule=run.schedule.upwards(),
+            sampler=partial(ddim_inverse, refine=refine),
+        )
+        *_, last = upwards.steps()
+        return last.x / run.schedule.start_scale
 
     # ------------------------------------------------------------------------------------------ its stations
 
@@ -167,47 +258,175 @@ class Pipeline:
             )
         return Noise(generators)
 
-    def start(self, settings: Settings, schedule: Schedule, noise: Noise, latents: Tensor | None = None) -> Tensor:
-        """The first latent: noise, or the caller's `latents`, times the schedule's `start_scale`."""
-        shape = self.vae.latent_shape(settings.height, settings.width)
-        if latents is None:
-            latents = noise.draw(shape)
-        elif latents.shape != (len(settings.seeds), *shape):
-            wanted = (len(settings.seeds), *shape)
-            raise LDMError(f"latents of shape {tuple(latents.shape)} given; these settings need {wanted}.")
-        elif not torch.isfinite(latents).all():
-            raise LDMError("The latents given hold numbers that are not finite (NaN or infinity).")
-        if schedule[0].sigma < 0.9 and (settings.timesteps is not None or not isinstance(settings.sigmas, str)):
-            say_on_stderr(
-                f"The first level holds {schedule[0].sigma:.2f} of noise, and the run begins from noise alone: what is "
-                "above that level is left out."
-            )
-        return latents.to(self.device, self.dtype) * schedule.start_scale
-
-    @torch.no_grad()
-    def network(self, settings: Settings, clip_skip: int = 0, together: bool = True) -> Network:
-        """The UNet told what to draw, with classifier-free guidance unless its scale is 1 or less."""
-        cond = self.encode(settings.prompt, clip_skip)
-        if settings.guidance <= 1:
-            if any(settings.negative):
-                say_on_stderr("Without guidance (1 or less) the negative prompt does nothing.")
-            return conditional(self.unet, cond)
-        uncond = self.encode(settings.negative)  # as in diffusers, clip_skip is the prompt's alone
-        if together:
-            halves = halves_together(conditional(self.unet, torch.cat([uncond, cond])))
-        else:
-            halves = halves_apart(conditional(self.unet, uncond), conditional(self.unet, cond))
-        return classifier_free(halves, settings.guidance)
-
     def sampler(self, settings: Settings) -> Sampler:
         """The function of the sampler's name, told `eta` if it has that choice."""
         method = find_sampler(settings.sampler)
         return method.step if method.eta is None else partial(method.step, eta=settings.eta)
 
+    # ------------------------------------------------------------------------------------------ pictures given
+
+    def pictures_of(self, image: object) -> list[Image.Image]:
+        """The caller's pictures, opened: RGB. None where latents were given, or nothing."""
+        if image is None or isinstance(image, Tensor):
+            if image is not None and (image.dim() != 4 or image.shape[1] != self.vae.config.latent_channels):
+                raise LDMError(
+                    f"image is a tensor of shape {tuple(image.shape)}: as a tensor it must be latents (B, "
+                    f"{self.vae.config.latent_channels}, h, w); pass a picture as a path, a Pillow picture or an array."
+                )
+            return []
+        return [as_picture(each, "image") for each in (image if isinstance(image, list | tuple) else [image])]
+
+    def given(
+        self, settings: Settings, image: object, shown: list[Image.Image], mask: object, depth: object
+    ) -> tuple[tasks.Given, list[Image.Image], list[Image.Image]]:
+        """What was given as tensors, and the pictures and masks at the size that is drawn."""
+        count, factor = len(settings.seeds), self.vae.config.factor
+        width, height = settings.width, settings.height
+        small = factor if self.task == "upscale" else 1
+        original = [pictures.fit(each, width // small, height // small) for each in shown]
+        pictures.one_or_each(image if isinstance(image, Tensor) else original or [None], count, "picture")
+        masks = []
+        if mask is not None:
+            if not shown:
+                raise LDMError("A mask needs the picture itself as image: latents have no pixels to keep.")
+            each = pictures.one_or_each(mask, count, "mask")
+            whole = [pictures.read_mask(one, shown[k % len(shown)]) for k, one in enumerate(each)]
+            masks = [pictures.fit(one, width, height, "The mask") for one in whole]
+        if self.task == "depth" and depth is None:
+            raise LDMError(
+                "This model keeps the depth of the picture: pass it as depth, for instance of "
+                "ldm.conditions.estimate_depth(picture, folder)."
+            )
+        return (
+            tasks.Given(
+                image=pictures.image_tensor(original) if original else None,
+                x0=image if isinstance(image, Tensor) else None,
+                mask=pictures.mask_tensor(masks) if masks else None,
+                depth=None if depth is None else pictures.depth_tensor(depth, height // factor, width // factor),
+            ),
+            original,
+            masks,
+        )
+
     @torch.no_grad()
-    def decode(self, x0: Tensor) -> list[Image.Image]:
-        """Clean latents (B, C, h, w) -> PIL pictures. Raises LDMError rather than paint NaN black."""
-        image = finite(self.vae.decode(finite(x0, "the latents").to(self.vae.dtype)), "the VAE's decoder")
+    def begin(
+        self,
+        settings: Settings,
+        schedule: Schedule,
+        noise: Noise,
+        given: tasks.Given = tasks.Given(),
+        latents: Tensor | None = None,
+    ) -> tasks.Start:
+        """Where the loop begins: at noise, or part of the way from a picture; `latents` replace the noise."""
+        shape = (len(settings.seeds), *self.vae.latent_shape(settings.height, settings.width))
+        if latents is not None and latents.shape != shape:
+            raise LDMError(f"latents of shape {tuple(latents.shape)} given; these settings need {shape}.")
+        for name, tensor in (("latents", latents), ("image", given.x0)):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise LDMError(f"The {name} given hold numbers that are not finite (NaN or infinity).")
+        chosen = settings.timesteps is not None or not isinstance(settings.sigmas, str)
+        if settings.strength is None and schedule[0].sigma < 0.9 and chosen:
+            say_on_stderr(
+                f"The first level holds {schedule[0].sigma:.2f} of noise, and the run begins from noise alone: what is "
+                "above that level is left out."
+            )
+        like = torch.empty(shape, dtype=self.dtype, device=self.device)
+        road = tasks.Road(self.vae, schedule, settings.first, noise, latents, like)
+        if self.task == "edit":
+            start = tasks.begin_editing(road, given)
+        elif self.task == "upscale":
+            bars = alpha_bars(self.low_res).double()
+            bar = float(bars[settings.noise_level])
+            start = tasks.begin_upscaling(road, given, Level(0, settings.noise_level, bar**0.5, (1 - bar) ** 0.5))
+        else:
+            start = tasks.begin(self.task, road, given, settings.strength, nearest=settings.compat)
+        finite(start.x, "the VAE's encoder")
+        return start
+
+    @torch.no_grad()
+    def look(self, settings: Settings, schedule: Schedule, control: Sequence[Control]) -> list[Seen]:
+        """What the ControlNets see of their pictures, computed once."""
+        seen = []
+        for k, each in enumerate([control] if isinstance(control, Control) else control):
+            name = f"The ControlNet {k + 1} of {len(control)}" if len(control) > 1 else "The ControlNet"
+            check_base(each.net.config, self.unet.config, self.vae.config, name)
+            picture = each.pictures(settings.width, settings.height, len(settings.seeds))
+            weight = each.net.conv_in.weight
+            features = each.net.condition(picture.to(weight.device, weight.dtype))
+            seen.append(Seen(each, features, each.rows(settings.first, len(schedule))))
+        return seen
+
+    # ------------------------------------------------------------------------------------------ the network
+
+    @torch.no_grad()
+    def network(
+        self,
+        settings: Settings,
+        clip_skip: int = 0,
+        together: bool = True,
+        channels: Tensor | None = None,
+        seen: Sequence[Seen] = (),
+        tile: int = 0,
+    ) -> Network:
+        """The UNet told what to draw, with classifier-free guidance unless its scale is 1 or less.
+
+        `channels` (B, C', h, w) are what it reads behind the latent; of a model that edits, only the guided parts do.
+        """
+        if tile and seen:
+            raise LDMError(
+                "Tiles and ControlNets don't go together: the net sees its picture whole. Leave one of them out."
+            )
+        cond = self.encode(settings.prompt, clip_skip)
+        if settings.guidance <= 1:
+            if any(settings.negative):
+                say_on_stderr("Without guidance (1 or less) the negative prompt does nothing.")
+            return self.part(settings, [cond], [channels], seen, tile)
+        uncond = self.encode(settings.negative)  # as in diffusers, clip_skip is the prompt's alone
+        contexts, beside = [uncond, cond], [channels, channels]
+        if self.task == "edit":
+            contexts, beside = [uncond, uncond, cond], [torch.zeros_like(channels), channels, channels]
+        if together:
+            halves = halves_together(self.part(settings, contexts, beside, seen, tile), len(contexts))
+        else:
+            each = zip(contexts, beside, strict=True)
+            last = len(contexts) - 1
+            halves = halves_apart(
+                *(self.part(settings, [c], [b], seen, tile, k == last) for k, (c, b) in enumerate(each))
+            )
+        if self.task == "edit":
+            return text_and_image(halves, settings.guidance, settings.image_guidance)
+        return classifier_free(halves, settings.guidance)
+
+    def part(
+        self,
+        settings: Settings,
+        contexts: Sequence[Tensor],
+        channels: Sequence[Tensor | None],
+        seen: Sequence[Seen],
+        tile: int,
+        last: bool = True,
+    ) -> Network:
+        """One run of the UNet for one part of guidance, or for several of them in a batch."""
+        context = torch.cat(list(contexts))
+        labels = None
+        if settings.noise_level is not None:
+            labels = torch.full((len(context),), settings.noise_level, device=self.device)
+        network = conditional(self.unet, context, Extras(class_labels=labels), lead(seen, contexts, last))
+        if tile:
+            size = max(tile // self.vae.config.factor, OVERLAP)
+            network = tiled(network, size, size // OVERLAP)
+        return network if channels[0] is None else joined(network, torch.cat(list(channels)))
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor, tile: int = 0) -> list[Image.Image]:
+        """Clean latents (B, C, h, w) -> PIL pictures. Raises LDMError rather than paint NaN black.
+
+        `tile`: decode in overlapping tiles of so many pixels; 0 is all at once.
+        """
+        x0 = finite(x0, "the latents").to(self.vae.dtype)
+        factor = self.vae.config.factor
+        size = max(tile // factor, OVERLAP) if tile else max(x0.shape[2:])
+        image = finite(in_tiles(self.vae.decode, x0, size, size // OVERLAP, factor), "the VAE's decoder")
         pixels = ((image / 2 + 0.5).clamp(0, 1).float() * 255).round().byte()  # (B, 3, H, W)
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -222,89 +441,19 @@ class Pipeline:
         return self.unet.dtype
 
     @property
+    def task(self) -> str:
+        """What the UNet is made for, by the channels it reads beside the latent (`ldm.tasks`)."""
+        return tasks.task_of(self.unet.config.in_channels, self.vae.config.latent_channels)
+
+    @property
     def default_size(self) -> int:
         """Pixels along a side of the pictures the model was trained on."""
         return (self.unet.config.sample_size or 64) * self.vae.config.factor
 
-    def settings(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative: str | Sequence[str] = "",
-        seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
-        eta: float | None = None,
-        rule: str | None = None,
-        sigmas: str | Sequence[float] | None = None,
-        timesteps: Sequence[float] | None = None,
-        compat: bool = False,
-        width: int | None = None,
-        height: int | None = None,
-        count: int = 1,
-    ) -> Settings:
-        """Fill in every default, and refuse with a sentence what cannot be drawn."""
-        d = self.defaults
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-        if not prompts or len(negatives) != len(prompts):
-            raise LDMError(
-                f"{len(prompts)} prompts and {len(negatives)} negative ones given: one negative for all, or one each."
-            )
-        seed, count = whole("seed", seed, 0, 2**63), whole("count", count, 1)
-        guidance = d.guidance if guidance is None else guidance
-        if not isinstance(guidance, Real) or not math.isfinite(guidance):
-            raise LDMError(f"guidance must be a finite number, not {guidance!r}.")
-        levels = choose_levels(
-            self.scheduler, d, steps=steps, sampler=sampler, rule=rule, sigmas=sigmas, timesteps=timesteps,
-            compat=compat,
+    def settings(self, prompt: str | Sequence[str], **options) -> Settings:
+        """Fill in every default, and refuse with a sentence what cannot be drawn: `ldm.settings.choose_settings`."""
+        noise_levels = self.unet.config.num_class_embeds or 0
+        known = Model(
+            self.scheduler, self.defaults, self.task, self.vae.config.factor, self.default_size, noise_levels
         )  # fmt: skip
-        own = find_sampler(levels.sampler).eta
-        if eta is not None and not (isinstance(eta, Real) and 0 <= eta <= 1):
-            raise LDMError(f"eta must be a number from 0 to 1, not {eta!r}.")
-        if eta and own is None:
-            able = " and ".join(name for name, method in SAMPLERS.items() if method.eta is not None)
-            raise LDMError(f"{levels.sampler} has no eta, {able} have: take one of these samplers, or leave eta out.")
-        width = width if width is not None else d.width or self.default_size
-        height = height if height is not None else d.height or self.default_size
-        factor = self.vae.config.factor
-        for name, pixels in (("width", width), ("height", height)):
-            if not isinstance(pixels, Integral) or pixels < factor or pixels % factor:
-                raise LDMError(
-                    f"{name} must be a multiple of {factor}, not {pixels}: a latent stands for {factor} pixels."
-                )
-        n = len(prompts) * count
-        return Settings(
-            **vars(levels),
-            prompt=tuple(p for p in prompts for _ in range(count)),
-            negative=tuple(p for p in negatives for _ in range(count)),
-            seeds=tuple(range(seed, seed + n)),
-            guidance=guidance,
-            eta=eta if eta is not None else own or 0.0,
-            width=width,
-            height=height,
-        )
-
-
-SETTINGS = (
-    "negative", "seed", "steps", "guidance", "sampler", "eta", "rule", "sigmas", "timesteps", "compat", "width",
-    "height", "count",
-)  # fmt: skip
-
-
-def watched(steps: Iterator[Step]) -> Iterator[Step]:
-    """The same steps, each seen to be finite."""
-    for step in steps:
-        finite(step.x, f"the UNet, in step {step.i + 1}")
-        yield step
-
-
-def finite(x: Tensor, what: str) -> Tensor:
-    """`x` itself, or an LDMError that names who made it not a number: never a black picture."""
-    if not torch.isfinite(x).all():
-        raise LDMError(
-            f"{what} returned numbers that are not finite (NaN or infinity). In half precision, try float32 "
-            "(--dtype float32); otherwise the weights are damaged."
-        )
-    return x
+        return choose_settings(known, prompt, **options)

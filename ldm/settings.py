@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 from ldm.errors import LDMError
-from ldm.samplers import find_sampler
+from ldm.samplers import SAMPLERS, find_sampler
 from ldm.schedules import Schedule, ScheduleConfig, make_schedule
 from ldm.schedules.config import as_read_for, find_rule
+from ldm.schedules.spacing import most_steps
 from ldm.schedules.table import count_steps, is_whole, numbers
 
 
@@ -56,6 +58,56 @@ class Settings(Levels):
     eta: float
     width: int
     height: int
+    strength: float | None = None  # how much of the road a given picture is sent back; None where none is given
+    image_guidance: float | None = None  # of a model that edits pictures
+    noise_level: int | None = None  # of an upscaler: how much noise its small picture is given
+
+    @property
+    def first(self) -> int:
+        """The row that the run begins at: `strength` is the share of the steps that are run, cut to whole ones."""
+        return 0 if self.strength is None else self.steps - run_of(self.steps, self.strength)
+
+
+STEPS_ARE = ("total", "actual")
+
+
+def run_of(steps: int, strength: float) -> int:
+    """How many of `steps` a run of that strength takes: diffusers cuts, so 0.58 of 50 are 28."""
+    return min(int(steps * strength), steps)
+
+
+def choose_steps(steps: int, strength: float, steps_are: str, most: int) -> int:
+    """The rows of the table of a run of that strength, where `steps` are "total", all rows, or "actual", those run.
+
+    Raises LDMError where nothing would be run, though the strength isn't 0, or where the table would be too long.
+    """
+    if not isinstance(strength, Real) or not 0 <= strength <= 1:
+        raise LDMError(
+            f"strength must be a number from 0 (the picture as it is) to 1 (hardly anything of it), not {strength!r}."
+        )
+    if steps_are not in STEPS_ARE:
+        raise LDMError(
+            f"steps_are must be 'total' (strength's share of the steps is run) or 'actual' (so many are run), not "
+            f"{steps_are!r}."
+        )
+    if steps_are == "actual" and strength:
+        rows = math.ceil(steps / strength)
+        while run_of(rows, strength) < steps:  # floating point
+            rows += 1
+        if rows > most:
+            raise LDMError(
+                f"{steps} steps at strength {strength:g} are the last of {rows}, and this schedule has at most {most}: "
+                "take fewer steps or more strength."
+            )
+        return rows
+    if strength and not run_of(steps, strength):
+        least = math.ceil(1000 / steps) / 1000
+        least += 0.001 * (run_of(steps, least) == 0)  # floating point
+        raise LDMError(
+            f"Strength {strength:g} of {steps} steps is less than one step: {least:g} is the smallest that works, or "
+            "0 for the picture as it is, or say that the steps are actual ones."
+        )
+    return steps
 
 
 def choose_levels(
@@ -96,6 +148,113 @@ def read_as(sampler: str, config: ScheduleConfig, rule: str | None, compat: bool
     own = find_sampler(sampler).rule
     swapped = compat and sampler != config.sampler and rule in (None, own) and "flow" not in (config.rule, own)
     return as_read_for(sampler, config) if swapped else config
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the settings of a run must fit."""
+
+    scheduler: ScheduleConfig
+    defaults: Defaults
+    task: str  # of `ldm.tasks.TASKS`
+    factor: int  # how many pixels a latent stands for along a side
+    size: int  # pixels along a side of the pictures the model was trained on
+    most_noise: int = 0  # an upscaler's noise levels are below this
+
+
+def choose_settings(
+    model: Model,
+    prompt: str | Sequence[str],
+    *,
+    negative: str | Sequence[str] = "",
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    eta: float | None = None,
+    rule: str | None = None,
+    sigmas: str | Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
+    compat: bool = False,
+    strength: float | None = None,
+    steps_are: str = "total",
+    image_guidance: float | None = None,
+    noise_level: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    count: int = 1,
+) -> Settings:
+    """Fill in every default, and refuse with a sentence what cannot be drawn.
+
+    prompt, negative          `count` pictures for each prompt, of seeds seed, seed + 1, ...; one negative, or one each
+    guidance                  1 or less runs the conditional model alone, in which `negative` has no part
+    sampler, eta              one of `ldm.samplers.SAMPLERS`, and the share of fresh noise in those that have the choice
+    steps, rule, sigmas, timesteps    the noise levels (`ldm.schedules.make_schedule`)
+    compat                    do what diffusers does where it departs from a method, and take the rule of the sampler's
+                              class there
+    strength, steps_are       of a given picture, from 0 (as it is) to 1: the share of the steps that is run. The steps
+                              are the "total" of which that share is taken (diffusers), or the "actual" ones run
+    image_guidance            of a model that edits: how strongly the given picture counts (1.5)
+    noise_level               of an upscaler: the timestep to which its small picture is noised (20)
+    """
+    d = model.defaults
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    if not prompts or len(negatives) != len(prompts):
+        raise LDMError(
+            f"{len(prompts)} prompts and {len(negatives)} negative ones given: one negative for all, or one each."
+        )
+    seed, count = whole("seed", seed, 0, 2**63), whole("count", count, 1)
+    guidance = d.guidance if guidance is None else guidance
+    if not isinstance(guidance, Real) or not math.isfinite(guidance):
+        raise LDMError(f"guidance must be a finite number, not {guidance!r}.")
+    asked = {"sampler": sampler, "rule": rule, "sigmas": sigmas, "timesteps": timesteps, "compat": compat}
+    levels = choose_levels(model.scheduler, d, steps=steps, **asked)
+    if strength is None and steps_are != "total":
+        raise LDMError("steps_are speaks of the steps run from a given picture: pass one as image, and a strength.")
+    if strength is not None:
+        config = read_as(levels.sampler, model.scheduler, levels.rule, compat)
+        rows = choose_steps(levels.steps, strength, steps_are, most_steps(replace(config, rule=levels.rule)))
+        if rows != levels.steps:
+            levels = choose_levels(model.scheduler, d, steps=rows, **asked)
+    own = find_sampler(levels.sampler).eta
+    if eta is not None and not (isinstance(eta, Real) and 0 <= eta <= 1):
+        raise LDMError(f"eta must be a number from 0 to 1, not {eta!r}.")
+    if eta and own is None:
+        able = " and ".join(name for name, method in SAMPLERS.items() if method.eta is not None)
+        raise LDMError(f"{levels.sampler} has no eta, {able} have: take one of these samplers, or leave eta out.")
+    width = choose_side("width", width, d.width, model)
+    height = choose_side("height", height, d.height, model)
+    if model.task == "edit":
+        image_guidance = 1.5 if image_guidance is None else image_guidance
+        if not isinstance(image_guidance, Real) or not math.isfinite(image_guidance):
+            raise LDMError(f"image_guidance must be a finite number, not {image_guidance!r}.")
+    if model.task == "upscale":
+        noise_level = whole("noise_level", 20 if noise_level is None else noise_level, 0, model.most_noise)
+    n = len(prompts) * count
+    return Settings(
+        **vars(levels),
+        prompt=tuple(p for p in prompts for _ in range(count)),
+        negative=tuple(p for p in negatives for _ in range(count)),
+        seeds=tuple(range(seed, seed + n)),
+        guidance=guidance,
+        eta=eta if eta is not None else own or 0.0,
+        width=width,
+        height=height,
+        strength=strength,
+        image_guidance=image_guidance,
+        noise_level=noise_level,
+    )
+
+
+def choose_side(name: str, asked: int | None, default: int | None, model: Model) -> int:
+    """The width or height in pixels: what was asked for, or the model's own."""
+    pixels = asked if asked is not None else default or model.size
+    if not isinstance(pixels, Integral) or pixels < model.factor or pixels % model.factor:
+        raise LDMError(
+            f"{name} must be a multiple of {model.factor}, not {pixels}: a latent stands for {model.factor} pixels."
+        )
+    return pixels
 
 
 def whole(name: str, value: object, least: int, below: float = math.inf) -> int:

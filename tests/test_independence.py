@@ -237,6 +237,19 @@ MAY_IMPORT = {  # the folders follow the road: each station knows those before i
     "ldm.io": ("ldm.errors", "ldm.io"),
     "ldm.scenes": ("ldm.errors", "ldm.scenes"),
     "ldm.guidance": (*ALGEBRA, "ldm.models", "ldm.schedules"),
+    "ldm.tiles": (*ALGEBRA, "ldm.guidance", "ldm.schedules"),
+    "ldm.pictures": ("ldm.errors", "ldm.io"),
+    "ldm.conditions": ("ldm.errors", "ldm.io", "ldm.conditions"),
+    "ldm.control": (
+        "ldm.errors",
+        "ldm.conditions",
+        "ldm.guidance",
+        "ldm.io",
+        "ldm.models",
+        "ldm.pictures",
+        "ldm.schedules",
+    ),
+    "ldm.tasks": (*ALGEBRA, "ldm.models", "ldm.noise", "ldm.pictures", "ldm.sampling", "ldm.schedules"),
 }
 OF_THE_REFERENCE = {"parity.py", "depth.py"}  # the two places that may import diffusers and transformers, on use
 

@@ -310,9 +310,13 @@ BROKEN = {
         config("unet", cross_attention_dim=32),
         "speaks vectors of 24 numbers, the UNet reads 32: these parts don't belong together",
     ),
-    "an inpainting UNet": (
-        config("unet", in_channels=9),
-        "takes 9 channels and returns 4, the VAE's latents have 4: these",
+    "a UNet for no known task": (
+        config("unet", in_channels=10),
+        "takes 10 channels and returns 4, the VAE's latents have 4: these",
+    ),
+    "an upscaler without its schedule": (
+        config("unet", in_channels=7),
+        "the UNet upscales, which takes noise levels .num_class_embeds. and a low_res_scheduler",
     ),
     "latents of another VAE": (config("vae", latent_channels=16), "returns 4, the VAE's latents have 16"),
     "too many words": (

@@ -16,6 +16,7 @@ STAGES = {
     "checker": "the network that reads from a picture what it shows",
     "unet": "the UNet, which removes noise; needs vae and clip",
 }
+CONTROLNET = "a ControlNet for a finished model, which draws by edges or by depth"
 NEEDS = {"unet": ("vae", "clip")}
 BEGINS_FROM = {  # what --init reads
     "vae": ("vae/diffusion_pytorch_model.safetensors",),
@@ -25,6 +26,7 @@ HELP = """Train the embedded model of scenes from nothing.
 
   ldm train all                      everything, in order: some hours on two cores
   ldm train vae --steps 200          one stage
+  ldm train controlnet               one that draws by edges, for the embedded model; --condition depth for the other
   ldm train export --to my-model     put the parts together: a model folder for `ldm generate --model my-model`
 
 Ctrl-C saves and stops; the same command goes on from there. Losses go to STAGE/log.jsonl in the run's folder, pictures
@@ -39,6 +41,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     add_stage(
         stages.add_parser("all", help="all of these, in this order", description="Train everything, in order."), "all"
     )
+    add_controlnet(stages.add_parser("controlnet", help=CONTROLNET, description=f"Train {CONTROLNET}."))
     add_export(stages.add_parser("export", help="put the trained parts together as a model folder"))
 
 
@@ -78,6 +81,16 @@ def add_stage(p: argparse.ArgumentParser, stage: str) -> None:
             metavar="NAME",
             help="the UNet's folder in the run, to try several (default: unet)",
         )
+
+
+def add_controlnet(p: argparse.ArgumentParser) -> None:
+    add_stage(p, "controlnet")
+    p.add_argument("--condition", type=one_of(("canny", "depth")), help="canny or depth (default: canny)")
+    p.add_argument("--base", metavar="MODEL", help="the model it is for: a name or a folder (default: scenes)")
+    p.add_argument(
+        "--to", metavar="DIR", help="write it there, in half precision, when it is trained: a model that is there is "
+        "replaced, but for its card (default: only the run's folder has it)",
+    )  # fmt: skip
 
 
 def add_export(p: argparse.ArgumentParser) -> None:
@@ -138,6 +151,10 @@ def train_stage(stage: str, folder: Path, args: argparse.Namespace, device: str)
     given = {name: getattr(args, name, None) for name in names}
     recipe = replace(module.Recipe(), device=device, **{k: v for k, v in given.items() if v is not None})
     module.train(folder, recipe, **({"name": args.name} if stage == "unet" else {}))
+    if stage == "controlnet" and args.to:
+        from ldm.train.export import export_controlnet
+
+        export_controlnet(folder / f"controlnet-{recipe.condition}" / "controlnet", Path(args.to))
 
 
 def run_export(args: argparse.Namespace) -> None:

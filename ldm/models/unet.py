@@ -6,7 +6,7 @@ E embedding width.
 """
 
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,82 +28,6 @@ from ldm.models.blocks import (
 
 DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
 UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """The fields of `unet/config.json` that shape the network. Defaults are diffusers'.
-
-    `heads` is the number of attention heads a level, which Stable Diffusion's JSON calls `attention_head_dim`.
-    `transformer_layers_per_block`, `heads` and `only_cross_attention` hold one value a level.
-    """
-
-    sample_size: int | None = None
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    down_block_types: tuple[str, ...] = (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN)
-    up_block_types: tuple[str, ...] = (UP, CROSS_UP, CROSS_UP, CROSS_UP)
-    layers_per_block: int = 2
-    cross_attention_dim: int = 1280
-    heads: tuple[int, ...] = (8, 8, 8, 8)
-    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
-    only_cross_attention: tuple[bool, ...] = (False, False, False, False)
-    use_linear_projection: bool = False
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    flip_sin_to_cos: bool = True
-    freq_shift: float = 0.0
-    time_cond_proj_dim: int | None = None  # LCM: the width of the guidance embedding
-    num_class_embeds: int | None = None  # x4 upscaler: the noise level of the small picture
-    addition_embed_type: str | None = None  # SDXL: "text_time"
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
-    # A request for float32 softmax. Fused attention accumulates in float32 anyway, there and here.
-    upcast_attention: bool | None = False
-
-    @classmethod
-    def from_json(cls, fields: dict) -> "UNetConfig":
-        """Read diffusers' JSON; a field that is neither implemented nor neutral is refused by name."""
-        fields = dict(fields)
-        levels = len(fields.get("block_out_channels", cls.block_out_channels))
-        head_dim = fields.pop("attention_head_dim", 8)
-        heads = fields.pop("num_attention_heads", None) or head_dim
-        fields["heads"] = heads
-        for name, default in (("heads", 8), ("transformer_layers_per_block", 1), ("only_cross_attention", False)):
-            value = fields.get(name, default)
-            fields[name] = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
-        if fields.get("class_embed_type") is None and fields.get("addition_embed_type") != "text_time":
-            # The width means something only together with one of the two: SD 1 files carry stale values.
-            fields.pop("projection_class_embeddings_input_dim", None)
-        config = from_json(cls, fields, NEUTRAL, "the UNet")
-        config.validate()
-        return config
-
-    def to_json(self) -> dict:
-        """The same as diffusers writes it."""
-        fields = asdict(self)
-        fields["attention_head_dim"] = fields.pop("heads")
-        return {"_class_name": "UNet2DConditionModel", **fields}
-
-    def validate(self) -> None:
-        """Raise LDMError where the fields contradict each other or ask for a block that is not implemented."""
-        levels = len(self.block_out_channels)
-        lists = ("down_block_types", "up_block_types", "heads", "transformer_layers_per_block", "only_cross_attention")
-        for name in lists:
-            if len(getattr(self, name)) != levels:
-                raise LDMError(f"The UNet has {levels} levels, but its {name} lists {len(getattr(self, name))}.")
-        for name, known in (("down_block_types", (DOWN, CROSS_DOWN)), ("up_block_types", (UP, CROSS_UP))):
-            for block in getattr(self, name):
-                if block not in known:
-                    raise LDMError(f"The UNet's {name} asks for a {block!r}, which ldm doesn't implement.")
-        if self.addition_embed_type not in (None, "text_time"):
-            raise LDMError(
-                f"The UNet asks for addition_embed_type {self.addition_embed_type!r}; ldm knows 'text_time'."
-            )
-        for name in ("layers_per_block", "cross_attention_dim"):
-            if not isinstance(getattr(self, name), int):
-                raise LDMError(f"The UNet asks for a different {name} at each level, which ldm doesn't implement.")
 
 
 NEUTRAL = {  # fields of the JSON that we accept at these values alone: with them they change nothing
@@ -135,6 +59,96 @@ NEUTRAL = {  # fields of the JSON that we accept at these values alone: with the
 }
 
 
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The fields that shape the way down and the middle, of a UNet and of a ControlNet. Defaults are diffusers'.
+
+    `heads` is the number of attention heads a level, which Stable Diffusion's JSON calls `attention_head_dim`.
+    `transformer_layers_per_block`, `heads` and `only_cross_attention` hold one value a level.
+    """
+
+    in_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN)
+    layers_per_block: int = 2
+    cross_attention_dim: int = 1280
+    heads: tuple[int, ...] = (8, 8, 8, 8)
+    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
+    only_cross_attention: tuple[bool, ...] = (False, False, False, False)
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0.0
+    time_cond_proj_dim: int | None = None  # LCM: the width of the guidance embedding
+    num_class_embeds: int | None = None  # x4 upscaler: the noise level of the small picture
+    addition_embed_type: str | None = None  # SDXL: "text_time"
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    # A request for float32 softmax. Fused attention accumulates in float32 anyway, there and here.
+    upcast_attention: bool | None = False
+
+    what: ClassVar[str]  # the network, in a sentence
+    class_name: ClassVar[str]  # diffusers' name of it
+    blocks: ClassVar[dict] = {"down_block_types": (DOWN, CROSS_DOWN)}  # the lists of blocks, and those implemented
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "EncoderConfig":
+        """Read diffusers' JSON; a field that is neither implemented nor neutral is refused by name."""
+        fields = dict(fields)
+        levels = len(fields.get("block_out_channels", cls.block_out_channels))
+        head_dim = fields.pop("attention_head_dim", 8)
+        heads = fields.pop("num_attention_heads", None) or head_dim
+        fields["heads"] = heads
+        for name, default in (("heads", 8), ("transformer_layers_per_block", 1), ("only_cross_attention", False)):
+            value = fields.get(name, default)
+            fields[name] = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
+        if fields.get("class_embed_type") is None and fields.get("addition_embed_type") != "text_time":
+            # The width means something only together with one of the two: SD 1 files carry stale values.
+            fields.pop("projection_class_embeddings_input_dim", None)
+        config = from_json(cls, fields, NEUTRAL, cls.what)
+        config.validate()
+        return config
+
+    def to_json(self) -> dict:
+        """The same as diffusers writes it."""
+        fields = asdict(self)
+        fields["attention_head_dim"] = fields.pop("heads")
+        return {"_class_name": self.class_name, **fields}
+
+    def validate(self) -> None:
+        """Raise LDMError where the fields contradict each other or ask for a block that is not implemented."""
+        levels, what = len(self.block_out_channels), self.what[0].upper() + self.what[1:]
+        for name in (*self.blocks, "heads", "transformer_layers_per_block", "only_cross_attention"):
+            if len(getattr(self, name)) != levels:
+                raise LDMError(f"{what} has {levels} levels, but its {name} lists {len(getattr(self, name))}.")
+        for name, known in self.blocks.items():
+            for block in getattr(self, name):
+                if block not in known:
+                    raise LDMError(f"{what}'s {name} asks for a {block!r}, which ldm doesn't implement.")
+        if self.addition_embed_type not in (None, "text_time"):
+            raise LDMError(f"{what} asks for addition_embed_type {self.addition_embed_type!r}; ldm knows 'text_time'.")
+        for name in ("layers_per_block", "cross_attention_dim"):
+            if not isinstance(getattr(self, name), int):
+                raise LDMError(f"{what} asks for a different {name} at each level, which ldm doesn't implement.")
+
+
+@dataclass(frozen=True)
+class UNetConfig(EncoderConfig):
+    """The fields of `unet/config.json` that shape the network: the encoder's, and those of the way up."""
+
+    sample_size: int | None = None
+    out_channels: int = 4
+    up_block_types: tuple[str, ...] = (UP, CROSS_UP, CROSS_UP, CROSS_UP)
+
+    what: ClassVar[str] = "the UNet"
+    class_name: ClassVar[str] = "UNet2DConditionModel"
+    blocks: ClassVar[dict] = {**EncoderConfig.blocks, "up_block_types": (UP, CROSS_UP)}
+
+
+Residuals = tuple[list[Tensor], Tensor]  # what a ControlNet adds to every skip, and to the middle block's output
+
+
 class Extras(NamedTuple):
     """What some models are told beside text and timestep; None where a model knows no such thing."""
 
@@ -150,7 +164,7 @@ class UNetLevel(nn.Module):
     On the way down every output is kept for the way up; on the way up each block takes one of them (`skips`).
     """
 
-    def __init__(self, config: UNetConfig, level: int, widths: list[tuple[int, int]], cross: bool):
+    def __init__(self, config: EncoderConfig, level: int, widths: list[tuple[int, int]], cross: bool):
         super().__init__()
         emb_width = 4 * config.block_out_channels[0]
         groups, eps, only_cross = config.norm_num_groups, config.norm_eps, config.only_cross_attention[level]
@@ -163,7 +177,7 @@ class UNetLevel(nn.Module):
 
 
 class DownLevel(UNetLevel):
-    def __init__(self, config: UNetConfig, level: int):
+    def __init__(self, config: EncoderConfig, level: int):
         channels = config.block_out_channels
         width = channels[level]
         widths = [(channels[max(level - 1, 0)], width)] + [(width, width)] * (config.layers_per_block - 1)
@@ -202,7 +216,7 @@ class UpLevel(UNetLevel):
 
 
 class Middle(nn.Module):
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
         width, emb_width = config.block_out_channels[-1], 4 * config.block_out_channels[0]
         resnets = (ResnetBlock(width, width, config.norm_num_groups, config.norm_eps, emb_width) for _ in range(2))
@@ -214,7 +228,7 @@ class Middle(nn.Module):
         return self.resnets[1](x, emb)
 
 
-def transformer(config: UNetConfig, level: int, only_cross: bool) -> SpatialTransformer:
+def transformer(config: EncoderConfig, level: int, only_cross: bool) -> SpatialTransformer:
     return SpatialTransformer(
         config.block_out_channels[level],
         config.heads[level],
@@ -229,7 +243,7 @@ def transformer(config: UNetConfig, level: int, only_cross: bool) -> SpatialTran
 class UNetEncoder(nn.Module):
     """The way down and the middle, with the embedding of the timestep: the half that a ControlNet copies."""
 
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
         widths = config.block_out_channels
@@ -297,7 +311,7 @@ class UNet(UNetEncoder):
         t: Tensor,
         context: Context,
         extras: Extras = Extras(),
-        residuals: tuple[list[Tensor], Tensor] | None = None,
+        residuals: Residuals | None = None,
     ) -> Tensor:
         """`x` (B, C, H, W) noisy latents, `t` (B,) or a number, `context` (B, L, D) or what `prepare` made of it.
 

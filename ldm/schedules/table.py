@@ -61,14 +61,16 @@ class Schedule:
     compat: bool = False
     bars: np.ndarray | None = field(default=None, repr=False, compare=False)
     total: int = 1000
+    rises: bool = False  # from the clean latent to noise: inversion
 
     def __post_init__(self):
-        if self.prediction == "epsilon" and self.levels[0].alpha == 0:
+        if self.prediction == "epsilon" and self.levels[-1 if self.rises else 0].alpha == 0:
             raise LDMError(
                 "This schedule begins at alpha = 0, pure noise, where predicting the noise says nothing of the "
                 "picture: a model trained for it predicts v or flow (Lin et al. 2023, section 3.2)."
             )
-        for a, b in () if self.compat else pairwise(self.levels):
+        falling = reversed(self.levels) if self.rises else self.levels
+        for a, b in () if self.compat else pairwise(falling):
             if stays(a, b) or b.ratio > a.ratio:
                 what = "are the same noise level" if stays(a, b) else "rise instead of falling"
                 raise LDMError(
@@ -88,6 +90,11 @@ class Schedule:
     def step(self, i: int) -> tuple[Level, Level]:
         """The level that step `i` starts from, and the one it goes to."""
         return self.levels[i], self.landings[i] if self.landings else self.levels[i + 1]
+
+    def upwards(self) -> "Schedule":
+        """The same levels from the cleanest to the noisiest: the road on which a picture is turned into its noise."""
+        levels = tuple(level._replace(i=i) for i, level in enumerate(reversed(self.levels)))
+        return replace(self, levels=levels, landings=None, rises=not self.rises)
 
     def at(self, i: int, t: float) -> Level:
         """The level of timestep `t`, for methods that visit more than the rows; `i` is the row it belongs to."""

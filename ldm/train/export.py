@@ -10,6 +10,7 @@ from ldm.io.atomic import atomic_folder
 from ldm.io.folders import folder_hash, read_json, write_json
 from ldm.io.weights import read_tensors, save_weights
 from ldm.loading import load
+from ldm.train.parallel import leads
 from ldm.train.unet import SCHEDULER
 
 DIFFUSERS = "0.42.1"  # the version whose format this is
@@ -78,6 +79,19 @@ def export(run: Path, target: Path, defaults: dict, name: str = "unet") -> None:
         tensors = {key: tensor.clone() for key, tensor, _ in read_tensors(run / "checker" / "checker.safetensors")}
         save_weights(tensors, new / "checker" / "checker.safetensors", torch.float16)
         keep_card(extras, new)
+
+
+def export_controlnet(source: Path, target: Path) -> None:
+    """Write a trained ControlNet as `target`, in fp16. A card that stands there is carried over."""
+    if not leads():
+        return
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
+        raise LDMError(f"{target} holds something else than a ControlNet, and would be replaced: name another.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(target) as new:
+        new.rmdir()
+        copy_part(source, new, "diffusion_pytorch_model")
+        keep_card(target, new)
 
 
 SAMPLES = (  # what the picture beside the card shows, with seeds 0 to 15

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.diffusion import add_noise, target
@@ -87,12 +87,14 @@ class Recipe:
 
 
 @torch.no_grad()
-def encode_pictures(vae: VAE, data: Pictures, folder: Path, name: str, device: str) -> tuple[Tensor, Tensor]:
+def encode_pictures(
+    vae: VAE, data: Pictures, folder: Path, vae_hash: str, name: str, device: str
+) -> tuple[Tensor, Tensor]:
     """Means and deviations (N, 4, 16, 16) of the pictures' latents, scaled to unit variance.
 
-    They are kept in the run's folder under the VAE's hash: another VAE's latents are never taken for its own.
+    They are kept in `folder` under the VAE's hash: another VAE's latents are never taken for its own.
     """
-    path = folder / "data" / f"latents-{name}-{len(data)}-{folder_hash(folder / 'vae')}.safetensors"
+    path = folder / f"latents-{name}-{len(data)}-{vae_hash}.safetensors"
     with leader_first():
         if not path.exists():
             means, deviations = [], []
@@ -106,7 +108,7 @@ def encode_pictures(vae: VAE, data: Pictures, folder: Path, name: str, device: s
 
 
 def loss(
-    unet: UNet,
+    unet: nn.Module,
     x0: Tensor,
     context: Tensor,
     t: Tensor,
@@ -117,6 +119,8 @@ def loss(
 ) -> Tensor:
     """`x0`, `eps` (B, 4, h, w), `context` (B, 77, D), `t` (B,) whole timesteps, `bars` (1000,) alpha^2 at each.
 
+    `unet` is the UNet, or what is called like one.
+
     `snr_range` holds the weight of x0's error where the network predicts epsilon.
     """
     bar = bars[t].view(-1, 1, 1, 1)
@@ -125,6 +129,12 @@ def loss(
     error = (out - target(x0, eps, alpha, sigma, prediction)).square().mean(dim=(1, 2, 3))  # (B,)
     snr = bars[t] / (1 - bars[t])
     return (error * snr.clamp(*snr_range) / snr).mean()
+
+
+def stratified(batch: int, generator: torch.Generator) -> Tensor:
+    """Timesteps (B,), one in each of B equal stretches of [0, 1000): as uniform as drawn freely, and calmer."""
+    t = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch  # [0, 1)
+    return (t * 1000).long().clamp(max=999)  # float32 may round 31 + 0.9999999 to 32
 
 
 def load_parts(folder: Path, device: str) -> tuple[Tokenizer, TextEncoder, VAE]:
@@ -179,8 +189,9 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
     data = pictures(folder / "data", recipe.pictures)
     held = pictures(folder / "data", recipe.held_out, "held-out", first=10_000_000)
     tokenizer, text, vae = load_parts(folder, device)
-    mean, deviation = encode_pictures(vae, data, folder, "train", device)
-    held_mean, _ = encode_pictures(vae, held, folder, "held-out", device)
+    latents = folder / "data", folder_hash(folder / "vae")
+    mean, deviation = encode_pictures(vae, data, *latents, "train", device)
+    held_mean, _ = encode_pictures(vae, held, *latents, "held-out", device)
     ids = torch.stack([tokenizer(words).ids for words in data.captions])  # (N, 4, 77)
     held_ids = tokenizer([words[0] for words in held.captions]).ids
     empty = tokenizer("").ids
@@ -207,9 +218,7 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
         words = torch.where(dropped[:, None], empty, ids[rows, wording])
         x0 = mean[rows] + deviation[rows] * torch.randn(mean[rows].shape, generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
-        # One t in each of B equal stretches of [0, 1000): as uniform as drawing freely, and the loss jumps less.
-        t = (torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=generator)) / recipe.batch  # [0, 1)
-        t = (t * 1000).long().clamp(max=999)  # float32 may round 31 + 0.9999999 to 32
+        t = stratified(recipe.batch, generator)
         x0, eps, t, words = (v[mine].to(device) for v in (x0, eps, t, words))
         context = text.context(words)
         value = loss(unet, x0, context, t, eps, bars, recipe.snr_range, scheduler.prediction_type)

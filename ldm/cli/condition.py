@@ -1,0 +1,60 @@
+"""`ldm condition`: what a ControlNet will look at, as a picture, before it does."""
+
+import argparse
+from pathlib import Path
+
+from ldm.cli.options import real
+from ldm.errors import LDMError, say_on_stderr
+from ldm.io.atomic import atomic_file, check_writable
+
+KINDS = ("canny", "scribble", "depth", "segmentation", "pose")  # of `ldm.conditions`, which would bring torch along
+
+HELP = """Make the condition of a ControlNet, and say what the network will see of it.
+
+  ldm condition canny photo.jpg --out edges.png --low 50 --high 150
+  ldm condition scribble photo.jpg --out lines.png
+  ldm condition depth photo.jpg --out depth.png --estimator dpt-large/
+  ldm condition segmentation classes.png --out colours.png
+  ldm condition pose people.json --out pose.png
+
+segmentation colours a picture (grey or palette) whose values are ADE20K's classes, 0 (wall) to 149.
+pose draws {"width": 512, "height": 512, "people": [[[x, y], null, ...]]}: 18 keypoints of OpenPose a person."""
+
+
+def add(commands: "argparse._SubParsersAction") -> None:
+    p = commands.add_parser("condition", help="make what a ControlNet looks at", description=HELP)
+    p.set_defaults(run=run, parser=p)
+    p.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    p.add_argument("picture", metavar="PICTURE", help="a photograph; for segmentation and pose see above")
+    p.add_argument("--out", required=True, metavar="PNG", help="where to write the condition")
+    p.add_argument("--overwrite", action="store_true", help="replace a file of that name")
+    p.add_argument("--low", type=real(0), metavar="N", help="canny: edges go on above this gradient (default: 100)")
+    p.add_argument("--high", type=real(0), metavar="N", help="canny: edges begin above this gradient (default: 200)")
+    p.add_argument("--estimator", metavar="FOLDER", help="depth: a depth network in transformers' format")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ldm.conditions import already_processed, doubts, prepare, to_tensor
+    from ldm.io.pictures import as_picture
+
+    out = Path(args.out)
+    if out.suffix.lower() != ".png":
+        raise LDMError(f"--out {out} must end in .png.")
+    check_writable(out)
+    if out.exists() and not args.overwrite:
+        raise LDMError(f"{out} is there already: choose another --out, or say --overwrite.")
+    if args.kind == "depth" and args.estimator is None:
+        args.parser.error("depth needs --estimator FOLDER, a depth network in transformers' format")
+    photograph = args.kind not in ("segmentation", "pose")  # read once, lest its remarks are made twice
+    source = as_picture(args.picture) if photograph else args.picture
+    condition = prepare(args.kind, source, args.low, args.high, args.estimator)
+    for doubt in already_processed(args.kind, source) + doubts(args.kind, condition):
+        say_on_stderr(doubt)
+    with atomic_file(out) as file:
+        condition.save(file, format="PNG")
+    x = to_tensor(condition)
+    print(out)
+    print(
+        f"the network gets {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, from {x.min():g} to {x.max():g}, "
+        f"mean {x.mean():.4f}, {(x > 0.5).float().mean():.2%} above one half"
+    )

@@ -1,0 +1,72 @@
+"""A run that is about to begin: everything that was prepared for the loop, in the open."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.errors import LDMError
+from ldm.noise import Noise
+from ldm.sampling import Denoise, Sampler, Step, sample
+from ldm.schedules import Schedule
+from ldm.settings import Settings
+
+
+@dataclass(frozen=True)
+class Result:
+    """`images`: PIL pictures, prompt by prompt, `count` of each. `x0` (B, C, h, w): the latents decoded to them.
+
+    `changed`, where a mask said what is kept: by how many grey levels of 255 the model had changed the rest of each
+    picture, on average, before the original's pixels were put back.
+    """
+
+    images: list[Image.Image]
+    x0: Tensor
+    settings: Settings
+    changed: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `Pipeline.prepare` makes of a call: `for step in run.steps()` is all that is left to do.
+
+    `x` (B, C, h, w) is the first latent, at row `settings.first` of the schedule. `decode` makes pictures of a latent,
+    `finish` a result: there, what lies outside an inpainting mask is put back.
+    """
+
+    settings: Settings
+    schedule: Schedule
+    x: Tensor
+    denoise: Denoise
+    sampler: Sampler
+    noise: Noise
+    decode: Callable[[Tensor], list[Image.Image]]
+    finish: Callable[[Tensor], Result]
+
+    def __len__(self) -> int:
+        """How many steps it takes."""
+        return len(self.schedule) - self.settings.first
+
+    def steps(self, after: Sequence[Step] = ()) -> Iterator[Step]:
+        """The steps, each yielded as it is taken and seen to be finite; `after` as in `ldm.sampling.sample`."""
+        first = self.settings.first
+        return watched(sample(self.denoise, self.x, self.schedule, self.sampler, self.noise, after, first))
+
+
+def watched(steps: Iterator[Step]) -> Iterator[Step]:
+    """The same steps, each seen to be finite."""
+    for step in steps:
+        finite(step.x, f"the UNet, in step {step.i + 1}")
+        yield step
+
+
+def finite(x: Tensor, what: str) -> Tensor:
+    """`x` itself, or an LDMError that names who made it not a number: never a black picture."""
+    if not torch.isfinite(x).all():
+        raise LDMError(
+            f"{what} returned numbers that are not finite (NaN or infinity). In half precision, try float32 "
+            "(--dtype float32); otherwise the weights are damaged."
+        )
+    return x

@@ -1,0 +1,165 @@
+"""What a picture can do for a run: where the loop begins, what the UNet reads beside the latent, what is kept as it is.
+
+One loop serves all tasks. A task is known by the channels that the UNet reads beyond the latent's own:
+
+    0   from words; from a picture (strength); inpainting by blending, which any model can
+    1   depth: Stable Diffusion 2's depth-to-image
+    3   upscale: the x4 upscaler, beside the small picture with some noise
+    4   edit: InstructPix2Pix, beside the picture to be changed
+    5   inpaint: beside a mask and the picture without what it covers
+
+Noise is drawn in the order in which diffusers draws it, so that the same generators give the same pictures.
+Shapes: B pictures, C channels of the latent, H, W pixels, h, w positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion import add_noise
+from ldm.errors import LDMError
+from ldm.models.vae import VAE
+from ldm.noise import Noise
+from ldm.pictures import latent_mask
+from ldm.sampling import Denoise, Sampler, Step
+from ldm.schedules import Level, Schedule
+
+TASKS = {0: "text", 1: "depth", 3: "upscale", 4: "edit", 5: "inpaint"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller gave, as tensors of float32: each for all B pictures, or one for each."""
+
+    image: Tensor | None = None  # (B or 1, 3, H, W) in [-1, 1]
+    x0: Tensor | None = None  # (B or 1, C, h, w): the picture as latents already
+    mask: Tensor | None = None  # (B or 1, 1, H, W), 1 where the picture is drawn anew
+    depth: Tensor | None = None  # (B or 1, 1, h, w) in [-1, 1]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the loop begins, and what it is given beside words and noise."""
+
+    x: Tensor  # (B, C, h, w) in the model's coordinates, at the row that the strength says
+    channels: Tensor | None = None  # (B, C', h, w), what the UNet reads behind the latent
+    known: tuple[Tensor, Tensor, Tensor] | None = None  # for `blended`: x0, eps, mask at the latent's size
+
+
+class Road:
+    """The common first steps of every task: encode a picture, draw noise, and go part of the way back."""
+
+    def __init__(self, vae: VAE, schedule: Schedule, first: int, noise: Noise, latents: Tensor | None, like: Tensor):
+        """`like`: (B, C, h, w) of the shape, dtype and device that the loop's latents have."""
+        self.vae, self.schedule, self.first, self.noise, self.given, self.like = (
+            vae, schedule, first, noise, latents, like,
+        )  # fmt: skip
+
+    def encode(self, image: Tensor) -> Tensor:
+        """A sample of the latents of (B or 1, 3, H, W), each picture's with its own noise, as diffusers takes one."""
+        posterior = self.noise(self.like.to(self.vae.dtype))
+        image = image.expand(len(self.like), -1, -1, -1).to(self.like.device, self.vae.dtype)
+        return self.vae.encode(image, posterior).to(self.like)
+
+    def eps(self) -> Tensor:
+        """The first noise, of unit variance: the caller's latents, or drawn."""
+        return self.noise(self.like) if self.given is None else self.given.to(self.like)
+
+    def from_noise(self, eps: Tensor) -> Tensor:
+        return eps * self.schedule.start_scale
+
+    def from_picture(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """x0 with the noise of the row that the run begins at; at the last row, of strength 0, as it is."""
+        return at_row(self.schedule, self.first, x0, eps)
+
+
+def at_row(schedule: Schedule, i: int, x0: Tensor, eps: Tensor) -> Tensor:
+    """x0 with the noise of row i. The last row counts as clean, whatever noise its level has (as in diffusers)."""
+    level = schedule[i]
+    return x0 if i == len(schedule) else add_noise(x0, eps, level.alpha, level.sigma)
+
+
+def begin(task: str, road: Road, given: Given, strength: float | None, nearest: bool) -> Start:
+    """The start of a run. `strength` None is a run from noise alone; `nearest` takes masks to latents as diffusers."""
+    if given.mask is not None:
+        return begin_inpainting(task, road, given, strength, nearest)
+    x0 = None
+    if strength is not None:
+        x0 = given.x0.expand_as(road.like).to(road.like) if given.x0 is not None else road.encode(given.image)
+    eps = road.eps()
+    x = road.from_noise(eps) if x0 is None else road.from_picture(x0, eps)
+    return Start(x, given.depth.expand(len(x), -1, -1, -1).to(x) if task == "depth" else None)
+
+
+def begin_inpainting(task: str, road: Road, given: Given, strength: float, nearest: bool) -> Start:
+    """From noise alone at strength 1, so that nothing of what the mask covers is seen (as diffusers has it)."""
+    mask = latent_mask(given.mask, road.vae.config.factor, nearest).expand(len(road.like), -1, -1, -1).to(road.like)
+    x0 = road.encode(given.image) if task == "text" or strength < 1 else None
+    eps = road.eps()
+    x = road.from_noise(eps) if strength == 1 else road.from_picture(x0, eps)
+    if task == "text":
+        if nearest:  # diffusers encodes the masked picture for models that don't read it, too
+            road.noise(road.like)
+        return Start(x, known=(x0, eps, mask))
+    masked = road.encode(given.image * (given.mask < 0.5))
+    return Start(x, torch.cat([mask, masked], dim=1))
+
+
+def begin_editing(road: Road, given: Given) -> Start:
+    """From noise, beside the mean of the picture's latents, in the VAE's own scale: so InstructPix2Pix was trained."""
+    image = given.image.expand(len(road.like), -1, -1, -1).to(road.like.device, road.vae.dtype)
+    return Start(road.from_noise(road.eps()), road.vae.posterior(image).mean.to(road.like))
+
+
+def begin_upscaling(road: Road, given: Given, level: Level) -> Start:
+    """From noise, beside the small picture itself, noised to `level` so that its faults are not taken for details."""
+    small = given.image.expand(len(road.like), -1, -1, -1).to(road.like)
+    small = add_noise(small, road.noise(small), level.alpha, level.sigma)
+    return Start(road.from_noise(road.eps()), small)
+
+
+def blended(sampler: Sampler, x0: Tensor, eps: Tensor, mask: Tensor) -> Sampler:
+    """Inpainting with any model: after every step, what the mask doesn't cover is the known picture at that level.
+
+    mask * x + (1 - mask) * (alpha' x0 + sigma' eps) (Lugmayr et al. 2022, RePaint, equation 8, with one noise
+    throughout, as diffusers has it). The mask (B, 1, h, w) is 1 where the picture is drawn anew.
+    """
+
+    def step(denoise: Denoise, x: Tensor, schedule: Schedule, i: int, history: Sequence[Step], noise: Noise) -> Step:
+        taken = sampler(denoise, x, schedule, i, history, noise)
+        known = at_row(schedule, i + 1, x0, eps)
+        # Not an edit: what multistep methods have predicted inside the mask stays true.
+        return replace(taken, x=(1 - mask) * known + mask * taken.x, made=None)
+
+    return step
+
+
+def task_of(in_channels: int, latent_channels: int) -> str | None:
+    """What a UNet is for, by the channels it reads; None if ldm knows no such task."""
+    return TASKS.get(in_channels - latent_channels)
+
+
+def check_given(task: str, image: bool, mask: bool, depth: bool, options: dict) -> None:
+    """Refuse with a sentence what this model has no use for, or lacks."""
+    needs = {
+        "depth": "a picture, whose depth it keeps",
+        "upscale": "the small picture",
+        "edit": "the picture to change",
+    }
+    if task in needs and not image:
+        raise LDMError(f"This model draws from {needs[task]}: pass it as image (--image).")
+    if task == "inpaint" and not (image and mask):
+        raise LDMError("This model fills holes in a picture: pass image and mask (--image, --mask).")
+    if mask and not image:
+        raise LDMError("A mask says what of a picture is drawn anew: pass the picture as image (--image).")
+    if mask and task not in ("text", "inpaint"):
+        raise LDMError(f"A mask is given, but this model is for another task ({task}).")
+    if depth and task != "depth":
+        raise LDMError(
+            "This model reads no depth of its own (its UNet has no channel for it): a ControlNet may, through control."
+        )
+    for name, wanted in (("noise_level", "upscale"), ("image_guidance", "edit")):
+        if options.get(name) is not None and task != wanted:
+            raise LDMError(f"{name} is given, which only a model to {wanted} pictures knows; this one is for {task}.")
