@@ -8,6 +8,7 @@ words, is computed when the closure is made.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -44,26 +45,43 @@ class Control:
     def __post_init__(self):
         if not isinstance(self.net, ControlNet):
             raise LDMError(
-                f"Control takes a ControlNet, not {self.net!r}: `ldm.load_controlnet(folder, pipe)` reads one."
+                f"Control takes a ControlNet, not a thing of type {type(self.net).__name__}: `ldm.load_controlnet(folder, "
+                "pipe)` reads one."
             )
-        if not math.isfinite(self.scale):
+        if not isinstance(self.scale, Real) or not math.isfinite(self.scale):
             raise LDMError(f"The scale of a ControlNet must be a finite number, not {self.scale!r}.")
-        if not 0 <= self.start < self.end <= 1:
+        if not all(isinstance(share, Real) for share in (self.start, self.end)) or not 0 <= self.start < self.end <= 1:
             raise LDMError(
                 f"A ControlNet runs from a share of the steps to a later one, 0 <= start < end <= 1: not from "
                 f"{self.start!r} to {self.end!r}. Leave it out, to draw without it."
             )
+        if isinstance(self.picture, Tensor) and (self.picture.dim() != 4 or self.picture.shape[1] != 3):
+            raise LDMError(
+                f"The picture of a ControlNet has the shape {tuple(self.picture.shape)}; (B or 1, 3, H, W) is needed."
+            )
+
+    @property
+    def conditional_alone(self) -> bool:
+        """Whether the unconditional half of guidance goes without the net."""
+        return self.guess or self.net.config.global_pool_conditions  # "shuffle" was made for that half alone
 
     def rows(self, first: int, last: int) -> frozenset[int]:
         """The rows of the schedule at which the net is run, of the steps `first` to `last` - 1, as diffusers counts."""
         n = 0 if self.scale == 0 else last - first
         return frozenset(first + k for k in range(n) if not (k / n < self.start or (k + 1) / n > self.end))
 
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture, or of the first of several."""
+        if isinstance(self.picture, Tensor):
+            return self.picture.shape[-1], self.picture.shape[-2]
+        first = self.picture[0] if isinstance(self.picture, list | tuple) and self.picture else self.picture
+        return as_picture(first, "the picture of a ControlNet").size
+
     def pictures(self, width: int, height: int, count: int) -> Tensor:
         """What the net gets: (B or 1, 3, height, width) in [0, 1]. Raises LDMError for another range or size."""
         if isinstance(self.picture, Tensor):
             wanted = (3, height, width)
-            if self.picture.dim() != 4 or len(self.picture) not in (1, count) or self.picture.shape[1:] != wanted:
+            if len(self.picture) not in (1, count) or self.picture.shape[1:] != wanted:
                 raise LDMError(
                     f"The picture of a ControlNet has the shape {tuple(self.picture.shape)}; (1 or {count}, 3, "
                     f"{height}, {width}) is needed."
@@ -78,6 +96,15 @@ class Control:
         return torch.cat([to_tensor(fit(each, width, height, "The picture of a ControlNet")) for each in given])
 
 
+def as_controls(given: Control | Sequence[Control]) -> list[Control]:
+    """The one or the several of them as a list. Raises LDMError for anything else."""
+    found = list(given) if isinstance(given, list | tuple) else [given]
+    for each in found:
+        if not isinstance(each, Control):
+            raise LDMError(f"control takes Controls, a ControlNet with its picture, not {type(each).__name__}s.")
+    return found
+
+
 @dataclass(frozen=True)
 class Seen:
     """A control, with the features of its pictures (B or 1, C, h, w) and the rows of the schedule it is run at."""
@@ -90,14 +117,14 @@ class Seen:
 def lead(seen: Sequence[Seen], contexts: Sequence[Tensor], last: bool = True) -> Controller:
     """All controls for a batch of as many parts as there are `contexts` (B, L, D), the conditional one at the end.
 
-    `last` False: the batch is another part by itself, of which guess mode wants nothing.
+    `last` False: the batch is another part by itself, of which a net for the conditional one alone wants nothing.
     """
     found = []
     for one in seen:
         control, size = one.control, len(contexts[0])
-        if control.guess and not last:
+        if control.conditional_alone and not last:
             continue
-        alone = control.guess and len(contexts) > 1
+        alone = control.conditional_alone and len(contexts) > 1
         read = contexts[-1:] if alone else contexts
         features = one.features.expand(size, -1, -1, -1).repeat(len(read), 1, 1, 1)
         each = controller(control.net, torch.cat(list(read)), features, control.scale, one.rows, control.guess)

@@ -17,9 +17,8 @@ from ldm.io.pictures import as_mask, as_picture
 MOST_AREA = 4  # times the pixels the model was trained on: what is larger is drawn smaller, unless a size is asked for
 
 
-def choose_size(picture: Image.Image, trained: int, factor: int) -> tuple[int, int]:
-    """Width and height to draw at: the picture's own, as multiples of `factor`, if the model can be expected to."""
-    width, height = picture.size
+def choose_size(width: int, height: int, trained: int, factor: int) -> tuple[int, int]:
+    """The size to draw at: the given picture's own, as multiples of `factor`, if the model can be expected to."""
     shrink = min(1.0, (trained * trained / (width * height)) ** 0.5) if width * height > MOST_AREA * trained**2 else 1.0
     size = tuple(max(factor, int(shrink * side + 1e-6) // factor * factor) for side in (width, height))
     if shrink < 1:

@@ -22,34 +22,25 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import pictures, tasks
-from ldm.control import Control, Seen, lead
+from ldm.control import Control, Seen, as_controls
 from ldm.errors import LDMError, say_on_stderr
-from ldm.guidance import (
-    Network,
-    classifier_free,
-    conditional,
-    denoiser,
-    halves_apart,
-    halves_together,
-    joined,
-    text_and_image,
-)
-from ldm.io.pictures import as_picture
+from ldm.guidance import Network, denoiser
 from ldm.models.controlnet import check_base
-from ldm.models.unet import Extras, UNet
+from ldm.models.unet import UNet
 from ldm.models.vae import VAE
+from ldm.network import Beside, guided, unguided
 from ldm.noise import Noise
 from ldm.run import Result, Run, finite
 from ldm.samplers import find_sampler
 from ldm.samplers.inverse import ddim_inverse
 from ldm.sampling import Sampler, Step
 from ldm.schedules import Level, Schedule, ScheduleConfig, alpha_bars
-from ldm.settings import Defaults, Model, Settings, choose_levels, choose_settings
+from ldm.settings import Defaults, Model, Settings, choose_levels, choose_settings, whole
 from ldm.text.clip import TextEncoder
 from ldm.text.tokenizer import Tokenizer
-from ldm.tiles import in_tiles, tiled
+from ldm.tiles import in_tiles
 
-OVERLAP = 4  # tiles share a quarter of their side
+TILE = 512  # pixels along a side of an upscaler's tiles: the size it was trained on
 
 
 class Pipeline:
@@ -100,11 +91,13 @@ class Pipeline:
         n = len(settings.seeds)
 
         def own(given: object, k: int) -> object:
+            if isinstance(given, Tensor):  # of latents or pictures (B, ...) its row; a depth (H, W) is for all
+                return given[k : k + 1] if given.dim() > 2 and len(given) == n else given
             return given[k] if isinstance(given, list | tuple) and len(given) == n else given
 
         options = {k: v for k, v in options.items() if k not in ("negative", "seed", "count")}
         pictured = {name: options.pop(name) for name in ("image", "mask", "depth") if name in options}
-        controls = options.pop("control", ())
+        controls = as_controls(options.pop("control", ()))
         results = [
             self(
                 settings.prompt[k],
@@ -136,7 +129,7 @@ class Pipeline:
         strength: float | None = None,
         mask: object = None,
         paste: bool = True,
-        control: Sequence[Control] = (),
+        control: Control | Sequence[Control] = (),
         depth: object = None,
         width: int | None = None,
         height: int | None = None,
@@ -165,66 +158,64 @@ class Pipeline:
 
         Raises LDMError, at once, for what cannot be.
         """
-        task = self.task
-        tasks.check_given(task, image is not None, mask is not None, depth is not None, options)
-        shown = self.pictures_of(image)
-        if shown:
-            own = (
-                shown[0].size
-                if task == "upscale"
-                else pictures.choose_size(shown[0], self.default_size, self.vae.config.factor)
-            )
-            grown = self.vae.config.factor if task == "upscale" else 1
-            width, height = width or grown * own[0], height or grown * own[1]
-        elif isinstance(image, Tensor):
-            width, height = (self.vae.config.factor * side for side in (image.shape[3], image.shape[2]))
-        begins = image is not None and task not in ("upscale", "edit")
-        if begins and strength is None:
-            strength = 0.8 if mask is None else 1.0
-        elif not begins and strength is not None:
-            raise LDMError("strength says how much of a picture is drawn over: pass the picture as image (--image).")
-        settings = self.settings(prompt, width=width, height=height, strength=strength, **options)
+        control = as_controls(control)
+        tasks.check_given(self.task, image is not None, mask is not None, depth is not None, options)
+        image = tasks.open_image(image, self.vae.config.latent_channels)
+        sized = self.sizes(image, mask, control, width, height, strength)
+        settings = self.settings(prompt, **sized, **options)
         schedule, noise = self.schedule_of(settings), self.noise(settings, generator)
-        given, original, masks = self.given(settings, image, shown, mask, depth)
+        small = self.vae.config.factor if self.task == "upscale" else 1
+        count, size = len(settings.seeds), (settings.width // small, settings.height // small)
+        given = tasks.read_given(image, mask, depth, count, size, self.vae.config.factor)
         start = self.begin(settings, schedule, noise, given, latents)
         sampler = self.sampler(settings)
         if start.known is not None:
             sampler = tasks.blended(sampler, *start.known)
+        tile = TILE * (self.task == "upscale") if tile is None else tile
         if network is None:
             seen = self.look(settings, schedule, control)
-            tile = (512 if task == "upscale" else 0) if tile is None else tile
-            network = self.network(settings, clip_skip, together, start.channels, seen, tile)
-        decode = partial(self.decode, tile=tile or 0)
+            told = Beside(start.channels, settings.image_guidance, seen, settings.noise_level, *self.tiles(tile))
+            network = self.network(settings, clip_skip, together, told)
+        elif control:
+            raise LDMError("A network of your own is given: put the ControlNets into it (ldm.control), not beside it.")
+        decode = partial(self.decode, tile=tile)
 
         def finish(x: Tensor) -> Result:
             images, changed = decode(x), ()
-            if masks and paste:
-                pairs = [(original[k % len(original)], masks[k % len(masks)]) for k in range(len(images))]
-                changed = tuple(pictures.changed_outside(i, *pair) for i, pair in zip(images, pairs, strict=True))
-                images = [pictures.paste(i, *pair) for i, pair in zip(images, pairs, strict=True)]
+            if given.masks and paste:
+                images, changed = given.paste(images)
             return Result(images, x, settings, changed)
 
         denoise = denoiser(network, schedule.prediction)
         return Run(settings, schedule, start.x, denoise, sampler, noise, decode, finish)
 
-    @torch.no_grad()
-    def invert(
+    def prepare_inversion(
         self, image: object, prompt: str | Sequence[str], *, guidance: float = 1.0, refine: int = 5, **options
-    ) -> Tensor:
-        """The noise (B, C, h, w) from which DDIM draws this picture: its road walked upwards (Song et al. 2021).
+    ) -> Run:
+        """A run from a picture up to noise: DDIM's road walked the other way (`ldm.samplers.inverse`).
 
-        `pipe(prompt, latents=..., sampler="ddim", guidance=...)` with the same settings leads back to it, and with
-        another prompt to a relative of it. `refine`: how often each step is corrected (`ldm.samplers.inverse`).
+        `refine`: how often each step is corrected; the other options are those of `prepare`.
         """
         run = self.prepare(prompt, image=image, strength=0.0, guidance=guidance, sampler="ddim", **options)
-        upwards = replace(
-            run,
-            settings=replace(run.settings, strength=None),
-            schedule=run.schedule.upwards(),
-            sampler=partial(ddim_inverse, refine=refine),
-        )
-        *_, last = upwards.steps()
+        settings, schedule = replace(run.settings, strength=None), run.schedule.upwards()
+        return replace(run, settings=settings, schedule=schedule, sampler=partial(ddim_inverse, refine=refine))
+
+    def invert(self, image: object, prompt: str | Sequence[str], **options) -> Tensor:
+        """The noise (B, C, h, w) from which DDIM draws this picture (Song et al. 2021, section 4.3).
+
+        `pipe(prompt, latents=..., sampler="ddim", guidance=...)` with the same settings leads back to it, and with
+        another prompt to a relative of it. The options are those of `prepare_inversion`.
+        """
+        run = self.prepare_inversion(image, prompt, **options)
+        *_, last = run.steps()
         return last.x / run.schedule.start_scale
+
+    def enlarge(self, x0: Tensor, factor: float) -> Tensor:
+        """Latents of a picture as those of a larger one, to be refined: `pipe(prompt, image=..., strength=0.6)`.
+
+        The latent hi-res fix: a model draws large pictures best from what it has drawn at the size it knows.
+        """
+        return pictures.enlarge(x0, *(max(1, round(factor * side)) for side in x0.shape[2:]))
 
     # ------------------------------------------------------------------------------------------ its stations
 
@@ -263,50 +254,32 @@ class Pipeline:
         method = find_sampler(settings.sampler)
         return method.step if method.eta is None else partial(method.step, eta=settings.eta)
 
-    # ------------------------------------------------------------------------------------------ pictures given
-
-    def pictures_of(self, image: object) -> list[Image.Image]:
-        """The caller's pictures, opened: RGB. None where latents were given, or nothing."""
-        if image is None or isinstance(image, Tensor):
-            if image is not None and (image.dim() != 4 or image.shape[1] != self.vae.config.latent_channels):
-                raise LDMError(
-                    f"image is a tensor of shape {tuple(image.shape)}: as a tensor it must be latents (B, "
-                    f"{self.vae.config.latent_channels}, h, w); pass a picture as a path, a Pillow picture or an array."
-                )
-            return []
-        return [as_picture(each, "image") for each in (image if isinstance(image, list | tuple) else [image])]
-
-    def given(
-        self, settings: Settings, image: object, shown: list[Image.Image], mask: object, depth: object
-    ) -> tuple[tasks.Given, list[Image.Image], list[Image.Image]]:
-        """What was given as tensors, and the pictures and masks at the size that is drawn."""
-        count, factor = len(settings.seeds), self.vae.config.factor
-        width, height = settings.width, settings.height
-        small = factor if self.task == "upscale" else 1
-        original = [pictures.fit(each, width // small, height // small) for each in shown]
-        pictures.one_or_each(image if isinstance(image, Tensor) else original or [None], count, "picture")
-        masks = []
-        if mask is not None:
-            if not shown:
-                raise LDMError("A mask needs the picture itself as image: latents have no pixels to keep.")
-            each = pictures.one_or_each(mask, count, "mask")
-            whole = [pictures.read_mask(one, shown[k % len(shown)]) for k, one in enumerate(each)]
-            masks = [pictures.fit(one, width, height, "The mask") for one in whole]
-        if self.task == "depth" and depth is None:
-            raise LDMError(
-                "This model keeps the depth of the picture: pass it as depth, for instance of "
-                "ldm.conditions.estimate_depth(picture, folder)."
-            )
-        return (
-            tasks.Given(
-                image=pictures.image_tensor(original) if original else None,
-                x0=image if isinstance(image, Tensor) else None,
-                mask=pictures.mask_tensor(masks) if masks else None,
-                depth=None if depth is None else pictures.depth_tensor(depth, height // factor, width // factor),
-            ),
-            original,
-            masks,
-        )
+    def sizes(
+        self,
+        image: Sequence[Image.Image] | Tensor | None,
+        mask: object = None,
+        control: Sequence[Control] = (),
+        width: int | None = None,
+        height: int | None = None,
+        strength: float | None = None,
+    ) -> dict:
+        """width, height and strength, where the pictures given decide what is left open; `settings` takes them."""
+        factor = self.vae.config.factor
+        led = [each.size() for each in control] if image is None else []
+        if isinstance(image, Tensor):
+            own = (factor * image.shape[3], factor * image.shape[2])
+        elif image is not None and self.task == "upscale":
+            own = (factor * image[0].width, factor * image[0].height)
+        elif image is not None or led:
+            own = pictures.choose_size(*(led[0] if led else image[0].size), self.default_size, factor)
+        else:
+            own = (None, None)
+        begins = image is not None and self.task not in ("upscale", "edit")
+        if begins and strength is None:
+            strength = 0.8 if mask is None else 1.0
+        elif not begins and strength is not None:
+            raise LDMError("strength says how much of a picture is drawn over: pass the picture as image (--image).")
+        return {"width": width or own[0], "height": height or own[1], "strength": strength}
 
     @torch.no_grad()
     def begin(
@@ -347,7 +320,7 @@ class Pipeline:
     def look(self, settings: Settings, schedule: Schedule, control: Sequence[Control]) -> list[Seen]:
         """What the ControlNets see of their pictures, computed once."""
         seen = []
-        for k, each in enumerate([control] if isinstance(control, Control) else control):
+        for k, each in enumerate(control):
             name = f"The ControlNet {k + 1} of {len(control)}" if len(control) > 1 else "The ControlNet"
             check_base(each.net.config, self.unet.config, self.vae.config, name)
             picture = each.pictures(settings.width, settings.height, len(settings.seeds))
@@ -356,66 +329,18 @@ class Pipeline:
             seen.append(Seen(each, features, each.rows(settings.first, len(schedule))))
         return seen
 
-    # ------------------------------------------------------------------------------------------ the network
-
     @torch.no_grad()
     def network(
-        self,
-        settings: Settings,
-        clip_skip: int = 0,
-        together: bool = True,
-        channels: Tensor | None = None,
-        seen: Sequence[Seen] = (),
-        tile: int = 0,
+        self, settings: Settings, clip_skip: int = 0, together: bool = True, beside: Beside = Beside()
     ) -> Network:
-        """The UNet told what to draw, with classifier-free guidance unless its scale is 1 or less.
-
-        `channels` (B, C', h, w) are what it reads behind the latent; of a model that edits, only the guided parts do.
-        """
-        if tile and seen:
-            raise LDMError(
-                "Tiles and ControlNets don't go together: the net sees its picture whole. Leave one of them out."
-            )
+        """The UNet told what to draw, with classifier-free guidance unless its scale is 1 or less."""
         cond = self.encode(settings.prompt, clip_skip)
         if settings.guidance <= 1:
             if any(settings.negative):
                 say_on_stderr("Without guidance (1 or less) the negative prompt does nothing.")
-            return self.part(settings, [cond], [channels], seen, tile)
+            return unguided(self.unet, cond, beside)
         uncond = self.encode(settings.negative)  # as in diffusers, clip_skip is the prompt's alone
-        contexts, beside = [uncond, cond], [channels, channels]
-        if self.task == "edit":
-            contexts, beside = [uncond, uncond, cond], [torch.zeros_like(channels), channels, channels]
-        if together:
-            halves = halves_together(self.part(settings, contexts, beside, seen, tile), len(contexts))
-        else:
-            each = zip(contexts, beside, strict=True)
-            last = len(contexts) - 1
-            halves = halves_apart(
-                *(self.part(settings, [c], [b], seen, tile, k == last) for k, (c, b) in enumerate(each))
-            )
-        if self.task == "edit":
-            return text_and_image(halves, settings.guidance, settings.image_guidance)
-        return classifier_free(halves, settings.guidance)
-
-    def part(
-        self,
-        settings: Settings,
-        contexts: Sequence[Tensor],
-        channels: Sequence[Tensor | None],
-        seen: Sequence[Seen],
-        tile: int,
-        last: bool = True,
-    ) -> Network:
-        """One run of the UNet for one part of guidance, or for several of them in a batch."""
-        context = torch.cat(list(contexts))
-        labels = None
-        if settings.noise_level is not None:
-            labels = torch.full((len(context),), settings.noise_level, device=self.device)
-        network = conditional(self.unet, context, Extras(class_labels=labels), lead(seen, contexts, last))
-        if tile:
-            size = max(tile // self.vae.config.factor, OVERLAP)
-            network = tiled(network, size, size // OVERLAP)
-        return network if channels[0] is None else joined(network, torch.cat(list(channels)))
+        return guided(self.unet, uncond, cond, settings.guidance, beside, together)
 
     @torch.no_grad()
     def decode(self, x0: Tensor, tile: int = 0) -> list[Image.Image]:
@@ -424,13 +349,19 @@ class Pipeline:
         `tile`: decode in overlapping tiles of so many pixels; 0 is all at once.
         """
         x0 = finite(x0, "the latents").to(self.vae.dtype)
-        factor = self.vae.config.factor
-        size = max(tile // factor, OVERLAP) if tile else max(x0.shape[2:])
-        image = finite(in_tiles(self.vae.decode, x0, size, size // OVERLAP, factor), "the VAE's decoder")
+        size, overlap = self.tiles(tile) if tile else (max(x0.shape[2:]), 0)
+        image = finite(in_tiles(self.vae.decode, x0, size, overlap, self.vae.config.factor), "the VAE's decoder")
         pixels = ((image / 2 + 0.5).clamp(0, 1).float() * 255).round().byte()  # (B, 3, H, W)
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     # ------------------------------------------------------------------------------------------ what it is
+
+    def tiles(self, pixels: int) -> tuple[int, int]:
+        """A tile's size and overlap in positions of the latent, for a tile of so many pixels; 0 is no tiles."""
+        size = whole("tile", pixels, 0) // self.vae.config.factor
+        if pixels and size < 4:
+            raise LDMError(f"A tile of {pixels} pixels is too small: {4 * self.vae.config.factor} is the smallest.")
+        return size, size // 4
 
     @property
     def device(self) -> torch.device:

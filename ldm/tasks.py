@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ldm import pictures
 from ldm.diffusion import add_noise
 from ldm.errors import LDMError
+from ldm.io.pictures import as_picture
 from ldm.models.vae import VAE
 from ldm.noise import Noise
-from ldm.pictures import latent_mask
 from ldm.sampling import Denoise, Sampler, Step
 from ldm.schedules import Level, Schedule
 
@@ -31,12 +33,71 @@ TASKS = {0: "text", 1: "depth", 3: "upscale", 4: "edit", 5: "inpaint"}
 
 @dataclass(frozen=True)
 class Given:
-    """What the caller gave, as tensors of float32: each for all B pictures, or one for each."""
+    """What the caller gave, as tensors of float32: each for all B pictures, or one for each.
+
+    `originals` and `masks` are the same as pictures, at the size that is drawn.
+    """
 
     image: Tensor | None = None  # (B or 1, 3, H, W) in [-1, 1]
     x0: Tensor | None = None  # (B or 1, C, h, w): the picture as latents already
     mask: Tensor | None = None  # (B or 1, 1, H, W), 1 where the picture is drawn anew
     depth: Tensor | None = None  # (B or 1, 1, h, w) in [-1, 1]
+    originals: Sequence[Image.Image] = ()
+    masks: Sequence[Image.Image] = ()
+
+    def paste(self, images: Sequence[Image.Image]) -> tuple[list[Image.Image], tuple[float, ...]]:
+        """The pictures drawn, with the originals' own pixels outside the masks; and by how much those had changed."""
+        n, m = len(self.originals), len(self.masks)
+        pairs = [(self.originals[k % n], self.masks[k % m]) for k in range(len(images))]
+        changed = tuple(pictures.changed_outside(image, *pair) for image, pair in zip(images, pairs, strict=True))
+        return [pictures.paste(image, *pair) for image, pair in zip(images, pairs, strict=True)], changed
+
+
+def open_image(image: object, channels: int) -> list[Image.Image] | Tensor | None:
+    """The caller's pictures as RGB, in a list; latents (B, `channels`, h, w) are left as they are."""
+    if image is None:
+        return None
+    if isinstance(image, Tensor):
+        if image.dim() != 4 or image.shape[1] != channels:
+            raise LDMError(
+                f"image is a tensor of shape {tuple(image.shape)}: as a tensor it must be latents (B, {channels}, h, "
+                "w); pass a picture as a path, a Pillow picture or an array."
+            )
+        return image
+    return [as_picture(each, "image") for each in (image if isinstance(image, list | tuple) else [image])]
+
+
+def read_given(
+    image: list[Image.Image] | Tensor | None,
+    mask: object,
+    depth: object,
+    count: int,
+    size: tuple[int, int],
+    factor: int,
+) -> Given:
+    """Everything given, for `count` pictures, of which the given one is read at `size` (width, height).
+
+    Raises LDMError for another number, size or proportion, and for a mask that is empty.
+    """
+    latents, shown = (image, []) if isinstance(image, Tensor) else (None, image or [])
+    shown = pictures.one_or_each(shown, count, "picture") if shown else []
+    if latents is not None and len(latents) not in (1, count):
+        raise LDMError(f"Latents of {len(latents)} pictures for {count} to be drawn: give those of one, or of each.")
+    if mask is not None and not shown:
+        raise LDMError("A mask needs the picture itself as image: latents have no pixels to keep.")
+    width, height = size
+    masks = [] if mask is None else pictures.one_or_each(mask, count, "mask")
+    masks = [pictures.read_mask(each, shown[k % len(shown)]) for k, each in enumerate(masks)]
+    originals = [pictures.fit(each, width, height) for each in shown]
+    masks = [pictures.fit(each, width, height, "The mask") for each in masks]
+    return Given(
+        image=pictures.image_tensor(originals) if originals else None,
+        x0=latents,
+        mask=pictures.mask_tensor(masks) if masks else None,
+        depth=None if depth is None else pictures.depth_tensor(depth, height // factor, width // factor),
+        originals=originals,
+        masks=masks,
+    )
 
 
 @dataclass(frozen=True)
@@ -95,7 +156,11 @@ def begin(task: str, road: Road, given: Given, strength: float | None, nearest: 
 
 def begin_inpainting(task: str, road: Road, given: Given, strength: float, nearest: bool) -> Start:
     """From noise alone at strength 1, so that nothing of what the mask covers is seen (as diffusers has it)."""
-    mask = latent_mask(given.mask, road.vae.config.factor, nearest).expand(len(road.like), -1, -1, -1).to(road.like)
+    mask = (
+        pictures.latent_mask(given.mask, road.vae.config.factor, nearest)
+        .expand(len(road.like), -1, -1, -1)
+        .to(road.like)
+    )
     x0 = road.encode(given.image) if task == "text" or strength < 1 else None
     eps = road.eps()
     x = road.from_noise(eps) if strength == 1 else road.from_picture(x0, eps)
@@ -152,6 +217,11 @@ def check_given(task: str, image: bool, mask: bool, depth: bool, options: dict) 
         raise LDMError(f"This model draws from {needs[task]}: pass it as image (--image).")
     if task == "inpaint" and not (image and mask):
         raise LDMError("This model fills holes in a picture: pass image and mask (--image, --mask).")
+    if task == "depth" and not depth:
+        raise LDMError(
+            "This model keeps the depth of the picture: pass it as depth (--depth), for instance of "
+            "ldm.conditions.estimate_depth(picture, folder)."
+        )
     if mask and not image:
         raise LDMError("A mask says what of a picture is drawn anew: pass the picture as image (--image).")
     if mask and task not in ("text", "inpaint"):

@@ -29,8 +29,8 @@ from ldm.conditions import (
     segmentation,
     to_tensor,
 )
+from ldm.conditions.palette import ADE20K, JOINTS, LIMBS, OPENPOSE
 from ldm.errors import LDMError
-from ldm.palette import ADE20K, JOINTS, LIMBS, OPENPOSE
 
 cv2 = pytest.importorskip("cv2")
 

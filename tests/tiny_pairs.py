@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from reference import randomise
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import ldm
 from ldm.io.folders import read_json
+from ldm.models.controlnet import ControlNet
 from ldm.pipeline import Pipeline
 from ldm.scenes import caption, sample
 from ldm.schedules import ScheduleConfig
@@ -115,3 +116,23 @@ def with_scheduler(pipe: Pipeline, scheduler) -> Pipeline:
     fields = json.loads(scheduler.to_json_string()) | {"_class_name": type(scheduler).__name__}
     config = ScheduleConfig.from_json(fields)
     return Pipeline(pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.vae, config)
+
+
+def controlnets(
+    models: Models, name: str, seed: int = 4, dtype: torch.dtype = torch.float32, **fields
+) -> tuple[ControlNetModel, ControlNet]:
+    """The reference's ControlNet for that model, and ours, from one folder: every parameter drawn, no convolution zero.
+
+    `fields` of the configuration are written over. Kept for the session, as `models` are.
+    """
+    folder = models.root / "-".join([name, "controlnet", str(seed), *(f"{k}={v}" for k, v in fields.items())])
+    if not folder.exists():
+        unet = models.reference(name).unet
+        net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 6, 10, 12))
+        net.register_to_config(**fields)
+        randomise(net, seed).save_pretrained(folder)
+    key = (folder, dtype)
+    if key not in models.loaded:
+        reference = ControlNetModel.from_pretrained(folder, torch_dtype=dtype).eval()
+        models.loaded[key] = reference, ldm.load_controlnet(folder, models.ours(name, dtype))
+    return models.loaded[key]

@@ -11,11 +11,20 @@ import sys
 from collections.abc import Sequence
 
 from ldm import __version__
-from ldm.cli import compare_samplers, evaluate, generate, rerun, samplers, schedule, train
+from ldm.cli import compare_samplers, condition, evaluate, generate, rerun, samplers, schedule, train
 from ldm.cli.options import Parser
 from ldm.errors import STOPPED, LDMError
 
-COMMANDS = (generate, rerun, samplers, schedule, evaluate, compare_samplers, train)  # in the order of `ldm --help`
+COMMANDS = (
+    generate,
+    rerun,
+    condition,
+    samplers,
+    schedule,
+    evaluate,
+    compare_samplers,
+    train,
+)  # `ldm --help` has this order
 
 DONE, FAILED = 0, 1  # 2 is argparse's own
 TRACEBACK = "LDM_TRACEBACK"  # an environment variable: set, an error is shown where it happened

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli import given
 from ldm.cli.inside import SHEET, Inside, other_run
 from ldm.cli.options import LEVELS, SEED, add_levels, add_model_options, open_model, progress, real, said, whole
-from ldm.cli.plan import Job, batches, make_folder, obstacle, plan, prepare, read_prompts
+from ldm.cli.plan import Job, batches, make_folder, obstacle, plan, prepare, prepare_file, read_prompts
 from ldm.cli.record import DECIDES, make_record, pixel_hash
 from ldm.errors import LDMError
 from ldm.io.png import save_png
@@ -16,9 +17,13 @@ from ldm.io.png import save_png
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from ldm.pipeline import Settings
+    from ldm.sampling import Step
+    from ldm.settings import Settings
 
-SETTINGS = ("negative", *LEVELS, "guidance", "eta", "width", "height")  # options that `Settings` knows
+# Options that `ldm.settings.choose_settings` knows.
+SETTINGS = (
+    "negative", *LEVELS, "guidance", "eta", "width", "height", "strength", "steps_are", "image_guidance", "noise_level",
+)  # fmt: skip
 MOST_PIXELS = 16_384  # along a side: beyond it is a slip of the finger, and would only eat the memory
 
 HELP = """Draw pictures from a sentence, or from a file of sentences.
@@ -39,7 +44,9 @@ NAMES = """where the pictures go:
 
 
 def add(commands: "argparse._SubParsersAction") -> None:
-    p = commands.add_parser("generate", help="draw pictures from sentences", description=HELP, epilog=NAMES)
+    p = commands.add_parser(
+        "generate", help="draw pictures from words and pictures", description=HELP, epilog=f"{given.HELP}\n{NAMES}"
+    )
     p.set_defaults(run=run, parser=p)
     p.add_argument("prompt", nargs="?", help='what to draw; "" draws without a prompt')
     p.add_argument(
@@ -50,6 +57,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     p.add_argument("--save-steps", metavar="DIR", help="write the predicted picture at every step, and a contact sheet")
     add_model_options(p)
     add_settings(p.add_argument_group("the pictures (what is left out is as the model's folder says)"))
+    given.add(p.add_argument_group("pictures given (see below)"))
     batch = p.add_argument_group("several pictures")
     batch.add_argument("--count", type=whole(1), default=1, metavar="N", help="pictures for each prompt (default: 1)")
     batch.add_argument(
@@ -83,8 +91,17 @@ def run(args: argparse.Namespace) -> None:
     prepare(jobs, args.overwrite)
     if args.save_steps:
         make_folder(Path(args.save_steps))
+    if args.explain:
+        prepare_file(Path(args.explain), overwrite=True)
     drawing = Drawing(args)
     drawing.check(jobs[0])
+    if args.explain:
+        save_png(
+            given.explain(drawing.given, drawing.settings(jobs[0])),
+            args.explain,
+            {"explains": given.words(drawing.given.wish)},
+        )
+        print(args.explain)
     waiting = drawing.waiting(jobs)
     if len(waiting) < len(jobs):
         drawn = f"{len(jobs) - len(waiting)} of {len(jobs)} pictures are" if len(jobs) > 1 else f"{jobs[0].path} is"
@@ -110,15 +127,15 @@ class Drawing:
     def __init__(self, args: argparse.Namespace):
         self.args, self.several = args, args.count > 1 or args.prompts is not None
         self.pipe, self.model_hash = open_model(args.model, args.dtype, args.device)
-        self.options = said(args, SETTINGS)
+        self.given = given.open_given(given.wishes(args), self.pipe, args.model)
+        self.options = given.sized(self.given, self.pipe, said(args, SETTINGS))
 
     def settings(self, job: Job) -> "Settings":
         return self.pipe.settings(job.prompt, seed=job.seed, **self.options)
 
     def record(self, job: Job, batch: int = 1) -> dict:
-        return make_record(
-            self.pipe, self.args.model, self.model_hash(), self.settings(job), self.args.clip_skip, batch
-        )
+        settings, clip_skip = self.settings(job), self.args.clip_skip
+        return make_record(self.pipe, self.args.model, self.model_hash(), settings, clip_skip, batch, self.given)
 
     def inside(self, job: Job) -> Path:
         """Where the steps of this picture go: the folder itself, or one inside it for each of several pictures."""
@@ -151,7 +168,7 @@ class Drawing:
 
     def draw_all(self, groups: list[list[Job]]) -> None:
         """Draw batch after batch, and tell the name of each picture as it is written."""
-        steps = self.settings(groups[0][0]).steps
+        steps = self.given.total(self.settings(groups[0][0]))
         done, total = 0, sum(map(len, groups))
         with progress(steps * len(groups)) as bar:
             try:
@@ -173,15 +190,23 @@ class Drawing:
         if self.args.save_steps:
             inside = [Inside(self.inside(job), record) for job, record in zip(group, records, strict=True)]
         bar.clear()  # the first step may have something to say about the prompt
-        run = self.pipe.steps(
-            group[0].prompt, seed=group[0].seed, count=len(group), clip_skip=self.args.clip_skip, **self.options
-        )
-        for step in run:
-            for each, image in zip(inside, self.pipe.decode(step.x0) if inside else [], strict=True):
+
+        def watch(step: "Step | None") -> None:
+            shown = self.pipe.decode(step.x0) if inside and step is not None else []
+            for each, image in zip(inside if shown else [], shown, strict=True):
                 each.add(image, step.level)
             bar.update()
+
+        result = given.draw(
+            self.pipe, group[0].prompt, self.given, watch, seed=group[0].seed, count=len(group),
+            clip_skip=self.args.clip_skip, **self.options,
+        )  # fmt: skip
         for each in inside:
             each.finish()
-        for job, image, record in zip(group, self.pipe.decode(step.x), records, strict=True):
+        if result.changed:
+            level = sum(result.changed) / len(result.changed)
+            kept = f"the model had changed the pixels to be kept by {level:.1f} grey levels of 255 on average"
+            print(f"Outside the mask {kept}; the picture's own are put back.", file=sys.stderr)
+        for job, image, record in zip(group, result.images, records, strict=True):
             save_png(image, job.path, record | {"pixels": pixel_hash(image)})
             yield job

@@ -30,7 +30,8 @@ class Inside:
 
     def add(self, image: Image.Image, level: "Level") -> None:
         """The prediction made at `level`."""
-        save_png(image, self.folder / f"step-{level.i:02d}.png", self.record | {"step": level.i, "t": level.t})
+        name = f"step-{len(self.thumbs):02d}.png"  # a run may begin midway, and go over the picture twice
+        save_png(image, self.folder / name, self.record | {"step": level.i, "t": level.t})
         thumb = image.copy()
         thumb.thumbnail((THUMB, THUMB))
         self.thumbs.append((thumb, f"{level.i}   t = {level.t:g}"))

@@ -3,30 +3,38 @@
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, get_args
 
 from ldm import __version__
+from ldm.cli.given import words
 from ldm.errors import LDMError
 from ldm.io.png import read_settings
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.pipeline import Pipeline, Settings
+    from ldm.cli.given import Given
+    from ldm.pipeline import Pipeline
+    from ldm.settings import Settings
 
-NUMBERS = list[float]
+NUMBERS, WORDS = list[float], list[str]
 # What decides a picture: two records that agree in these are records of one picture (to within a grey level).
 DECIDES = {
     "prompt": str, "negative": str, "seed": int, "steps": int, "sampler": str, "rule": str, "sigmas": str | NUMBERS,
     "timesteps": NUMBERS | None, "compat": bool, "guidance": float, "eta": float, "width": int, "height": int,
-    "clip_skip": int, "dtype": str, "model_hash": str,
+    "clip_skip": int, "dtype": str, "model_hash": str, "strength": float | None, "image_guidance": float | None,
+    "noise_level": int | None, "given": dict,
 }  # fmt: skip
 # Where it was drawn: numbers may be rounded otherwise elsewhere. `batch` is how many pictures were drawn together.
-SURROUNDS = {"model": str, "device": str, "batch": int, "version": str, "torch": str}
+# `pictures` are the words of the command line that name the pictures given; `given` is what they were.
+SURROUNDS = {"model": str, "device": str, "batch": int, "version": str, "torch": str, "pictures": WORDS}
+# What pictures don't tell that were drawn before ldm was given any.
+BEFORE = {"strength": None, "image_guidance": None, "noise_level": None, "given": {}, "pictures": []}
 
 
 def make_record(
-    pipe: "Pipeline", model: str, model_hash: str, settings: "Settings", clip_skip: int, batch: int
+    pipe: "Pipeline", model: str, model_hash: str, settings: "Settings", clip_skip: int, batch: int, given: "Given"
 ) -> dict:
     """The record of a picture to be drawn with `settings`, the first of them if there are several."""
     import torch
@@ -39,6 +47,8 @@ def make_record(
         "seed": seed,
         **fields,
         "clip_skip": clip_skip,
+        "given": given.record(),
+        "pictures": words(given.wish),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "model": model,
         "model_hash": model_hash,
@@ -59,21 +69,26 @@ def read_record(path: str | Path) -> dict:
 
     Raises LDMError if there is none, or it isn't whole.
     """
-    record = read_settings(path)
+    record = BEFORE | read_settings(path)
     if "step" in record:
         raise LDMError(f"{path} shows the inside of a run (--save-steps), not its result: name the picture it led to.")
     for name, kind in {**DECIDES, **SURROUNDS}.items():
-        if name not in record or not any(sound(record[name], each) for each in get_args(kind) or (kind,)):
+        if name not in record or not any(sound(record[name], each) for each in alternatives(kind)):
             raise LDMError(
                 f"{path}: its settings lack a sound {name!r} ({record.get(name)!r}): it isn't as this ldm writes it."
             )
     return record
 
 
+def alternatives(kind: object) -> tuple:
+    """The kinds that a value may be of: those that | stands between, or the one."""
+    return get_args(kind) if isinstance(kind, UnionType) else (kind,)
+
+
 def sound(value: object, kind: type) -> bool:
     """Whether a value out of a JSON file is of that kind; `True` is no number."""
-    if kind == NUMBERS:
-        return isinstance(value, list) and all(sound(each, float) for each in value)
+    if kind in (NUMBERS, WORDS):
+        return isinstance(value, list) and all(sound(each, *get_args(kind)) for each in value)
     kinds = (int, float) if kind is float else kind
     return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
 

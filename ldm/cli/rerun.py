@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli import given
 from ldm.cli.generate import SETTINGS
 from ldm.cli.options import DTYPES, add_device, find_device, open_model, progress
 from ldm.cli.plan import prepare_file
@@ -33,7 +34,8 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 def run(args: argparse.Namespace) -> int:
     old, image = read_record(args.picture), read_pixels(args.picture)
-    if image.size != (old["width"], old["height"]) or old["dtype"] not in DTYPES:
+    factor = old["given"].get("enlarge", 1)
+    if image.size != tuple(factor * old[side] for side in ("width", "height")) or old["dtype"] not in DTYPES:
         raise LDMError(f"{args.picture}: the picture and its settings don't belong together; it was changed since.")
     if args.out:
         prepare_file(Path(args.out), args.overwrite)
@@ -66,16 +68,22 @@ def draw_again(args: argparse.Namespace, old: dict) -> tuple["Image.Image", dict
     except LDMError as error:
         hint = "" if args.model else f" (The picture names the model {old['model']!r}; --model says where it is now.)"
         raise LDMError(f"{error}{hint}") from error
-    options = {name: old[name] for name in ("seed", *SETTINGS)}
+    options = {name: old[name] for name in ("seed", *SETTINGS) if name != "steps_are"}  # the steps are in total here
+    wish = given.read_words(old["pictures"], args.picture)
+    opened = given.open_given(wish, pipe, args.model or old["model"])
+    for name, told in opened.record().items():
+        if told != old["given"].get(name):
+            raise LDMError(f"{args.picture}: what was given as {name} is another one now, so it can't be drawn again.")
     settings = pipe.settings(old["prompt"], **options)
-    with progress(settings.steps) as bar:
+    with progress(opened.total(settings)) as bar:
         bar.set_description("drawing again")
         bar.clear()
-        for step in pipe.steps(old["prompt"], clip_skip=old["clip_skip"], **options):  # noqa: B007
-            bar.update()
-        image = pipe.decode(step.x)[0]
-    record = make_record(pipe, args.model or old["model"], model_hash(), settings, old["clip_skip"], batch=1)
-    return image, record | {"pixels": pixel_hash(image)}
+        result = given.draw(
+            pipe, old["prompt"], opened, lambda step: bar.update(), clip_skip=old["clip_skip"], **options
+        )
+    name = args.model or old["model"]
+    record = make_record(pipe, name, model_hash(), settings, old["clip_skip"], batch=1, given=opened)
+    return result.images[0], record | {"pixels": pixel_hash(result.images[0])}
 
 
 def device_of(old: dict) -> str:

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ldm.errors import LDMError, say_on_stderr
 from ldm.io.folders import cannot_read
 
+Source = str | Path | Image.Image | np.ndarray  # what `as_picture` takes
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow knows more, some through other programs
 MOST_PIXELS = 100_000_000  # a header of 30 bytes may promise gigabytes: it is read before any pixel is
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")

@@ -31,6 +31,13 @@ class ControlNetConfig(EncoderConfig):
     what: ClassVar[str] = "the ControlNet"
     class_name: ClassVar[str] = "ControlNetModel"
 
+    def to_json(self) -> dict:
+        """The same as diffusers writes it, which knows no guidance embedding in a ControlNet."""
+        fields = super().to_json()
+        if self.time_cond_proj_dim is None:
+            del fields["time_cond_proj_dim"]
+        return fields
+
     def validate(self) -> None:
         super().validate()
         order = self.controlnet_conditioning_channel_order
@@ -124,10 +131,9 @@ class ControlNet(UNetEncoder):
         return residuals[:-1], residuals[-1]
 
 
-SHARED = (
-    "block_out_channels", "layers_per_block", "cross_attention_dim", "transformer_layers_per_block",
-    "addition_embed_type",
-)  # fmt: skip
+# What gives the residuals their shapes, and what is read beside the latent. Transformers may be fewer: SDXL has small
+# ControlNets.
+SHARED = ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type")
 BASES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the width of the text they read
 
 
