@@ -45,8 +45,8 @@ class Control:
     def __post_init__(self):
         if not isinstance(self.net, ControlNet):
             raise LDMError(
-                f"Control takes a ControlNet, not a thing of type {type(self.net).__name__}: `ldm.load_controlnet(folder, "
-                "pipe)` reads one."
+                f"Control takes a ControlNet, not a thing of type {type(self.net).__name__}: "
+                "`ldm.load_controlnet(folder, pipe)` reads one."
             )
         if not isinstance(self.scale, Real) or not math.isfinite(self.scale):
             raise LDMError(f"The scale of a ControlNet must be a finite number, not {self.scale!r}.")

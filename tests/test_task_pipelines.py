@@ -127,9 +127,9 @@ FROM_PICTURE = [  # sampler, spacing, steps, strength: the steps run are cut, 0.
     ("deis2", "leading", 6, 0.8),
     ("lms", "leading", 7, 0.8),
 ]
-WITHIN_A_STEP = [("heun", "leading", 6, 0.58), ("dpm2-a", "leading", 5, 0.8)]  # evaluate twice a step
+WITHIN_A_STEP = [("heun", "leading", 6, 0.58), ("dpm2-a", "leading", 3, 0.8)]  # evaluate twice a step
 WHOLE = [("plms", "leading", 6, 1.0), ("pndm", "leading", 6, 1.0)]  # begun in the middle: REFERENCE_DEFECTS.md, 9
-FEW = [FROM_PICTURE[1], FROM_PICTURE[5], FROM_PICTURE[6], FROM_PICTURE[8], FROM_PICTURE[11]]
+FEW = [FROM_PICTURE[2], FROM_PICTURE[5], FROM_PICTURE[6], FROM_PICTURE[8], FROM_PICTURE[11]]
 
 
 @every_model
@@ -490,7 +490,7 @@ def scenes_scheduler(sampler, n, dtype):
 
 
 def shown_scenes():
-    return [Image.fromarray(np.asarray(draw(seed)[0])) for seed in SEEDS]
+    return [Image.fromarray(draw(seed)[0].image) for seed in SEEDS]
 
 
 SCENES_MASK = box_mask(128, 128, 20, 50, 90, 121)

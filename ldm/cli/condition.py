@@ -16,9 +16,11 @@ HELP = """Make the condition of a ControlNet, and say what the network will see 
   ldm condition depth photo.jpg --out depth.png --estimator dpt-large/
   ldm condition segmentation classes.png --out colours.png
   ldm condition pose people.json --out pose.png
+  ldm condition depth scene:7 --out depth.png
 
 segmentation colours a picture (grey or palette) whose values are ADE20K's classes, 0 (wall) to 149.
-pose draws {"width": 512, "height": 512, "people": [[[x, y], null, ...]]}: 18 keypoints of OpenPose a person."""
+pose draws {"width": 512, "height": 512, "people": [[[x, y], null, ...]]}: 18 keypoints of OpenPose a person.
+scene:7 instead of a file is scene 7 of the embedded model's world, whose depth is known."""
 
 
 def add(commands: "argparse._SubParsersAction") -> None:
@@ -34,8 +36,8 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.conditions import already_processed, doubts, prepare, to_tensor
-    from ldm.io.pictures import as_picture
+    from ldm.cli.given import condition_of
+    from ldm.conditions import doubts, to_tensor
 
     out = Path(args.out)
     if out.suffix.lower() != ".png":
@@ -43,12 +45,10 @@ def run(args: argparse.Namespace) -> None:
     check_writable(out)
     if out.exists() and not args.overwrite:
         raise LDMError(f"{out} is there already: choose another --out, or say --overwrite.")
-    if args.kind == "depth" and args.estimator is None:
-        args.parser.error("depth needs --estimator FOLDER, a depth network in transformers' format")
-    photograph = args.kind not in ("segmentation", "pose")  # read once, lest its remarks are made twice
-    source = as_picture(args.picture) if photograph else args.picture
-    condition = prepare(args.kind, source, args.low, args.high, args.estimator)
-    for doubt in already_processed(args.kind, source) + doubts(args.kind, condition):
+    if args.kind == "depth" and args.estimator is None and not args.picture.startswith("scene:"):
+        args.parser.error("depth of a photograph needs --estimator FOLDER, a depth network in transformers' format")
+    condition = condition_of(args.kind, args.picture, args.estimator, args.low, args.high)
+    for doubt in doubts(args.kind, condition):
         say_on_stderr(doubt)
     with atomic_file(out) as file:
         condition.save(file, format="PNG")

@@ -35,7 +35,7 @@ HELP = """pictures given:
 """
 AS_IS = "as-is"
 SPEC = re.compile(r"(?P<kind>[\w-]+)(?:@(?P<net>[^:]+))?:(?P<rest>.+)")
-NUMBERS = re.compile(r"(?P<picture>.+?)(?::(?P<scale>-?[\d.]+)(?::(?P<start>[\d.]+):(?P<end>[\d.]+))?)?")
+NUMBERS = re.compile(r"(?P<picture>scene:\d+|.+?)(?::(?P<scale>-?[\d.]+)(?::(?P<start>[\d.]+):(?P<end>[\d.]+))?)?")
 
 
 def add(p: "argparse._ActionsContainer") -> None:
@@ -250,24 +250,24 @@ def open_control(wish: dict, all_wishes: dict, pipe: "Pipeline", model: str) -> 
     return control, told | {"picture": hash_of(picture), "net": folder_hash(find_model(net, "config.json"))}
 
 
-def condition_of(kind: str, source: str, estimator: str | None) -> "Image.Image":
+def condition_of(
+    kind: str, source: str, estimator: str | None = None, low: float | None = None, high: float | None = None
+) -> "Image.Image":
     """The condition that a picture is made into; a line on stderr if it looks as if it had been, already."""
     from ldm.conditions import already_processed, prepare
     from ldm.errors import say_on_stderr
 
-    if kind == AS_IS or (kind == "depth" and re.fullmatch(r"scene:\d+", source)):
+    if kind == AS_IS or (kind == "depth" and source.startswith("scene:")):
         return picture_of(source, kind)
     if kind == "depth" and estimator is None:
         raise LDMError(
             "--control depth makes depth of a photograph with --estimator FOLDER; a picture that is depth already is "
             f"--control as-is@NET:{source}."
         )
-    if kind in ("segmentation", "pose"):
-        return prepare(kind, source)
-    photograph = picture_of(source)
-    for sentence in already_processed(kind, photograph):
+    made_of = source if kind in ("segmentation", "pose") else picture_of(source)  # once: it may have remarks to make
+    for sentence in already_processed(kind, made_of) if kind in ("canny", "scribble") else ():
         say_on_stderr(f"{source}: {sentence}")
-    return prepare(kind, photograph, estimator=estimator if kind == "depth" else None)
+    return prepare(kind, made_of, low, high, estimator if kind == "depth" else None)
 
 
 def draw(pipe: "Pipeline", prompt: str, given: Given, watch: "Callable[[Step | None], None]", **options) -> "Result":

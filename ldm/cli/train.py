@@ -16,6 +16,7 @@ STAGES = {
     "checker": "the network that reads from a picture what it shows",
     "unet": "the UNet, which removes noise; needs vae and clip",
 }
+DEPTH_READER = "the network that tells the depth in a picture, by which a ControlNet of depth is judged"
 CONTROLNET = "a ControlNet for a finished model, which draws by edges or by depth"
 NEEDS = {"unet": ("vae", "clip")}
 BEGINS_FROM = {  # what --init reads
@@ -40,6 +41,9 @@ def add(commands: "argparse._SubParsersAction") -> None:
         add_stage(stages.add_parser(name, help=what, description=f"Train {what}."), name)
     add_stage(
         stages.add_parser("all", help="all of these, in this order", description="Train everything, in order."), "all"
+    )
+    add_stage(
+        stages.add_parser("depth-reader", help=DEPTH_READER, description=f"Train {DEPTH_READER}."), "depth-reader"
     )
     add_controlnet(stages.add_parser("controlnet", help=CONTROLNET, description=f"Train {CONTROLNET}."))
     add_export(stages.add_parser("export", help="put the trained parts together as a model folder"))
@@ -146,7 +150,7 @@ def train_stage(stage: str, folder: Path, args: argparse.Namespace, device: str)
             raise LDMError(
                 f"{folder} has no trained {other} yet, which {stage} needs: `ldm train {other} --run {folder}`."
             )
-    module = importlib.import_module(f"ldm.train.{stage}")
+    module = importlib.import_module(f"ldm.train.{stage.replace('-', '_')}")
     names = [field.name for field in fields(module.Recipe) if field.name != "device"]
     given = {name: getattr(args, name, None) for name in names}
     recipe = replace(module.Recipe(), device=device, **{k: v for k, v in given.items() if v is not None})
