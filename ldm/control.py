@@ -66,9 +66,13 @@ class Control:
         return self.guess or self.net.config.global_pool_conditions  # "shuffle" was made for that half alone
 
     def rows(self, first: int, last: int) -> frozenset[int]:
-        """The rows of the schedule at which the net is run, of the steps `first` to `last` - 1, as diffusers counts."""
+        """The rows of the schedule at which the net is run, of the steps `first` to `last` - 1, as diffusers counts.
+
+        Row `last`, where no step begins, goes with the step before it: a method that looks ahead asks there, too.
+        """
         n = 0 if self.scale == 0 else last - first
-        return frozenset(first + k for k in range(n) if not (k / n < self.start or (k + 1) / n > self.end))
+        kept = [first + k for k in range(n) if not (k / n < self.start or (k + 1) / n > self.end)]
+        return frozenset(kept + [last] * (last - 1 in kept))
 
     def size(self) -> tuple[int, int]:
         """Width and height of the picture, or of the first of several."""

@@ -27,9 +27,10 @@ PARTS = {
     "vae": ("AutoencoderKL",),
     "scheduler": None,  # read by `ScheduleConfig`, which knows the classes
 }
-OPTIONAL = {"low_res_scheduler": None}  # an upscaler's: the noise on the small picture
-# They take no part in drawing. A depth estimator is for `ldm.conditions.estimate_depth`.
-PASSED_OVER = ("safety_checker", "feature_extractor", "image_encoder", "watermarker", "depth_estimator")
+# An upscaler's schedule of the noise on its small picture; a depth estimator, which with its feature_extractor is read
+# when a picture's depth is not given.
+OPTIONAL = ("low_res_scheduler", "depth_estimator")
+PASSED_OVER = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")  # they take no part in drawing
 
 
 def load(
@@ -152,10 +153,11 @@ def check_index(folder: Path) -> None:
     index = read_fields(folder / "model_index.json")  # {part: [library, class]}, or two nulls; and remarks
     entries = {name: value[-1] for name, value in index.items() if isinstance(value, list) and value}
     parts = {name: cls for name, cls in entries.items() if cls is not None}
+    known = {*PARTS, *OPTIONAL} | ({"feature_extractor"} if "depth_estimator" in parts else set())
     for name, cls in parts.items():
-        if name in PASSED_OVER:
+        if name in PASSED_OVER and name not in known:
             say_on_stderr(f"{folder}: {name} takes no part in drawing and is passed over.")
-        elif name not in PARTS and name not in OPTIONAL:
+        elif name not in known:
             raise LDMError(f"{folder}/model_index.json names a part that ldm doesn't know: {name!r} ({cls}).")
         elif PARTS.get(name) is not None and cls not in PARTS[name]:
             raise LDMError(f"{folder}/model_index.json: {name} is a {cls}; ldm knows {' and '.join(PARTS[name])}.")

@@ -98,12 +98,12 @@ def depth_tensor(depth: object, height: int, width: int) -> Tensor:
         depth = torch.as_tensor(depth).float()
         depth = depth[None] if depth.dim() == 2 else depth
     else:
-        depth = torch.from_numpy(np.asarray(as_picture(depth, "the depth").convert("L"))).float()[None]
+        depth = torch.from_numpy(np.array(as_picture(depth, "the depth").convert("L"))).float()[None]
     if depth.dim() != 3 or not torch.isfinite(depth).all():
         raise LDMError(f"The depth must be finite numbers of shape (H, W) or (B, H, W), not {tuple(depth.shape)}.")
     depth = F.interpolate(depth[:, None], size=(height, width), mode="bicubic", align_corners=False)
     low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
-    if (high == low).any():
+    if (high - low <= 1e-5 * depth.abs().amax((1, 2, 3), keepdim=True)).any():  # what is left is rounding
         raise LDMError("The depth is the same everywhere: there is nothing in it to draw by.")
     return 2 * (depth - low) / (high - low) - 1
 

@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm import pictures, tasks
+from ldm import conditions, pictures, tasks
 from ldm.control import Control, Seen, as_controls
+from ldm.diffusion import Prediction
 from ldm.errors import LDMError, say_on_stderr
 from ldm.guidance import Network, denoiser
 from ldm.models.controlnet import check_base
@@ -149,7 +150,7 @@ class Pipeline:
                    where the model is made for that
         mask       white is drawn anew, black is kept; with `paste`, bit for bit
         control    ControlNets and their pictures (`ldm.control.Control`), any number of them
-        depth      what a depth-to-image model keeps: (H, W), larger is nearer
+        depth      what a depth-to-image model keeps: (H, W), larger is nearer; left out, its own estimator tells it
         latents    (B, C, h, w) of unit variance, or a `generator` (one for a single picture, or one a picture), replace
                    what the seeds would draw
         together   False runs the halves of guidance one after the other
@@ -160,7 +161,8 @@ class Pipeline:
         """
         control = as_controls(control)
         tasks.check_given(self.task, image is not None, mask is not None, depth is not None, options)
-        image = tasks.open_image(image, self.vae.config.latent_channels)
+        image = tasks.open_image(image, self.vae.config.latent_channels, self.task)
+        depth = self.own_depth(image) if self.task == "depth" and depth is None else depth
         sized = self.sizes(image, mask, control, width, height, strength)
         settings = self.settings(prompt, **sized, **options)
         schedule, noise = self.schedule_of(settings), self.noise(settings, generator)
@@ -198,7 +200,12 @@ class Pipeline:
         """
         run = self.prepare(prompt, image=image, strength=0.0, guidance=guidance, sampler="ddim", **options)
         settings, schedule = replace(run.settings, strength=None), run.schedule.upwards()
-        return replace(run, settings=settings, schedule=schedule, sampler=partial(ddim_inverse, refine=refine))
+
+        def denoise(x: Tensor, level: Level) -> Prediction:
+            return run.denoise(x, level._replace(i=len(schedule) - level.i))  # ControlNets know the rows from above
+
+        sampler = partial(ddim_inverse, refine=refine)
+        return replace(run, settings=settings, schedule=schedule, sampler=sampler, denoise=denoise)
 
     def invert(self, image: object, prompt: str | Sequence[str], **options) -> Tensor:
         """The noise (B, C, h, w) from which DDIM draws this picture (Song et al. 2021, section 4.3).
@@ -266,7 +273,9 @@ class Pipeline:
         """width, height and strength, where the pictures given decide what is left open; `settings` takes them."""
         factor = self.vae.config.factor
         led = [each.size() for each in control] if image is None else []
-        if isinstance(image, Tensor):
+        if width is not None and height is not None:
+            own = (width, height)
+        elif isinstance(image, Tensor):
             own = (factor * image.shape[3], factor * image.shape[2])
         elif image is not None and self.task == "upscale":
             own = (factor * image[0].width, factor * image[0].height)
@@ -279,7 +288,18 @@ class Pipeline:
             strength = 0.8 if mask is None else 1.0
         elif not begins and strength is not None:
             raise LDMError("strength says how much of a picture is drawn over: pass the picture as image (--image).")
-        return {"width": width or own[0], "height": height or own[1], "strength": strength}
+        width, height = (own[k] if side is None else side for k, side in enumerate((width, height)))
+        return {"width": width, "height": height, "strength": strength}
+
+    def own_depth(self, image: Sequence[Image.Image] | Tensor) -> Tensor:
+        """The depth (B, h, w) of the pictures, by the estimator in the model's own folder, through transformers."""
+        folder = None if self.folder is None else self.folder / "depth_estimator"
+        if folder is None or not folder.is_dir() or isinstance(image, Tensor):
+            raise LDMError(
+                "This model keeps the depth of the picture, and there is no depth_estimator in its folder: pass it as "
+                "depth (--depth), for instance of ldm.conditions.predict_depth(picture, folder)."
+            )
+        return torch.stack([conditions.predict_depth(each, folder) for each in image])
 
     @torch.no_grad()
     def begin(
@@ -326,7 +346,8 @@ class Pipeline:
             picture = each.pictures(settings.width, settings.height, len(settings.seeds))
             weight = each.net.conv_in.weight
             features = each.net.condition(picture.to(weight.device, weight.dtype))
-            seen.append(Seen(each, features, each.rows(settings.first, len(schedule))))
+            first = settings.first % len(schedule)  # of strength 0 no step is drawn, but inversion goes all of them
+            seen.append(Seen(each, features, each.rows(first, len(schedule))))
         return seen
 
     @torch.no_grad()

@@ -91,13 +91,13 @@ def choose_steps(steps: int, strength: float, steps_are: str, most: int) -> int:
             f"{steps_are!r}."
         )
     if steps_are == "actual" and strength:
-        rows = math.ceil(steps / strength)
-        while run_of(rows, strength) < steps:  # floating point
+        rows = math.ceil(min(steps / strength, most + 1))
+        while rows <= most and run_of(rows, strength) < steps:  # floating point
             rows += 1
         if rows > most:
             raise LDMError(
-                f"{steps} steps at strength {strength:g} are the last of {rows}, and this schedule has at most {most}: "
-                "take fewer steps or more strength."
+                f"{steps} steps at strength {strength:g} are the last of {steps / strength:g}, and this schedule has "
+                f"at most {most}: take fewer steps or more strength."
             )
         return rows
     if strength and not run_of(steps, strength):

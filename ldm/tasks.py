@@ -53,17 +53,21 @@ class Given:
         return [pictures.paste(image, *pair) for image, pair in zip(images, pairs, strict=True)], changed
 
 
-def open_image(image: object, channels: int) -> list[Image.Image] | Tensor | None:
+def open_image(image: object, channels: int, task: str = "text") -> list[Image.Image] | Tensor | None:
     """The caller's pictures as RGB, in a list; latents (B, `channels`, h, w) are left as they are."""
     if image is None:
         return None
     if isinstance(image, Tensor):
+        if task in ("edit", "upscale"):
+            raise LDMError(f"A model to {task} pictures reads the picture itself: pass that as image, not latents.")
         if image.dim() != 4 or image.shape[1] != channels:
             raise LDMError(
                 f"image is a tensor of shape {tuple(image.shape)}: as a tensor it must be latents (B, {channels}, h, "
                 "w); pass a picture as a path, a Pillow picture or an array."
             )
         return image
+    if isinstance(image, list | tuple) and not image:
+        raise LDMError("image is an empty list: give one picture for all that are drawn, or one each.")
     return [as_picture(each, "image") for each in (image if isinstance(image, list | tuple) else [image])]
 
 
@@ -86,15 +90,29 @@ def read_given(
     if mask is not None and not shown:
         raise LDMError("A mask needs the picture itself as image: latents have no pixels to keep.")
     width, height = size
+    if latents is not None and latents.shape[2:] != (height // factor, width // factor):
+        own = f"{factor * latents.shape[3]}x{factor * latents.shape[2]}"
+        raise LDMError(
+            f"The latents given are of {own} pixels, and {width}x{height} are to be drawn: leave the size out, or "
+            "bring them to it (Pipeline.enlarge)."
+        )
     masks = [] if mask is None else pictures.one_or_each(mask, count, "mask")
     masks = [pictures.read_mask(each, shown[k % len(shown)]) for k, each in enumerate(masks)]
     originals = [pictures.fit(each, width, height) for each in shown]
     masks = [pictures.fit(each, width, height, "The mask") for each in masks]
+    if any(mask.getextrema()[1] < 128 for mask in masks):
+        raise LDMError(f"So little of the mask is white that nothing is left of it at {width}x{height}: take more.")
+    depths = [] if depth is None else pictures.one_or_each(depth, count, "depth")
+    depths = [pictures.depth_tensor(each, height // factor, width // factor) for each in depths]
+    if sum(map(len, depths)) not in (0, 1, count):
+        raise LDMError(
+            f"{sum(map(len, depths))} depths for {count} pictures to be drawn: give one for all, or one each."
+        )
     return Given(
         image=pictures.image_tensor(originals) if originals else None,
         x0=latents,
         mask=pictures.mask_tensor(masks) if masks else None,
-        depth=None if depth is None else pictures.depth_tensor(depth, height // factor, width // factor),
+        depth=torch.cat(depths) if depths else None,
         originals=originals,
         masks=masks,
     )
@@ -217,11 +235,6 @@ def check_given(task: str, image: bool, mask: bool, depth: bool, options: dict) 
         raise LDMError(f"This model draws from {needs[task]}: pass it as image (--image).")
     if task == "inpaint" and not (image and mask):
         raise LDMError("This model fills holes in a picture: pass image and mask (--image, --mask).")
-    if task == "depth" and not depth:
-        raise LDMError(
-            "This model keeps the depth of the picture: pass it as depth (--depth), for instance of "
-            "ldm.conditions.estimate_depth(picture, folder)."
-        )
     if mask and not image:
         raise LDMError("A mask says what of a picture is drawn anew: pass the picture as image (--image).")
     if mask and task not in ("text", "inpaint"):

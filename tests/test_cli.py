@@ -26,6 +26,7 @@ from ldm.cli.record import pixel_hash
 from ldm.io.folders import folder_hash
 from ldm.io.png import read_settings, save_png
 from ldm.pipeline import Pipeline
+from ldm.run import Run
 from ldm.samplers import SAMPLERS, table
 from ldm.schedules import CHOICES, RULES, make_schedule
 
@@ -67,13 +68,13 @@ def cli(model, load, tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def runs(monkeypatch):
     """A list that grows by (prompt, seed, count) with every run of the model."""
-    calls, steps = [], Pipeline.steps
+    calls, prepare = [], Pipeline.prepare
 
     def counted(self, prompt, *, seed=0, count=1, **rest):
         calls.append((prompt, seed, count))
-        return steps(self, prompt, seed=seed, count=count, **rest)
+        return prepare(self, prompt, seed=seed, count=count, **rest)
 
-    monkeypatch.setattr(Pipeline, "steps", counted)
+    monkeypatch.setattr(Pipeline, "prepare", counted)
     return calls
 
 
@@ -106,6 +107,7 @@ def test_the_png_says_how_it_was_made(cli, model):
     assert found == {
         "prompt": HOUSE, "negative": "a tree", "seed": 7, **DEFAULTS, "eta": 0.0, "width": SIZE, "height": 2 * SIZE,
         "rule": "ddim", "sigmas": "spaced", "timesteps": None, "compat": False, "clip_skip": 0, "dtype": "float32",
+        "strength": None, "image_guidance": None, "noise_level": None, "given": {}, "pictures": [],
         "model": str(model), "model_hash": folder_hash(model), "device": "cpu", "batch": 1,
         "version": ldm.__version__, "torch": str(torch.__version__),
         "pixels": pixel_hash(Image.open("a.png")),
@@ -287,16 +289,16 @@ def test_one_by_one_draws_again_what_was_drawn_in_a_batch(cli):
 
 
 def test_ctrl_c_leaves_whole_files_and_the_next_run_goes_on(cli, prompts, monkeypatch, runs):
-    steps = Pipeline.steps
+    steps = Run.steps
 
-    def interrupted(self, prompt, **rest):
-        for step in steps(self, prompt, **rest):
-            if prompt == "a blue house" and step.i == 1:
+    def interrupted(self, *rest):
+        for step in steps(self, *rest):
+            if self.settings.prompt == ("a blue house",) and step.i == 1:
                 raise KeyboardInterrupt
             yield step
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "steps", interrupted)
+        patch.setattr(Run, "steps", interrupted)
         found = cli("generate", "--prompts", prompts, "--save-steps", "in", status=130)
     assert found.err == "ldm: Stopped: 1 of 3 pictures are finished; the same command draws the others.\n"
     assert names("pictures") == ["a-red-house-0.png"] and names("in/a-blue-house-0") == ["step-00.png"]
@@ -582,7 +584,8 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(cli, words, status, sent
     [
         ([], "The following arguments are required: COMMAND"),
         (["generat"], "Did you mean 'generate'? See `ldm --help`."),
-        (["train", "uent"], "Unknown stage 'uent': vae, clip, checker, unet, all, export. Did you mean 'unet'? See"),
+        (["train", "uent"], "Unknown stage 'uent': vae, clip, checker, unet, all, depth-reader, "),
+        (["train", "uent"], "controlnet, export. Did you mean 'unet'? See"),
         (["train"], "required: STAGE"),
         (["train", "vae", "--text", "frozen"], "Unknown option --text."),
         (["train", "all", "--lr", "1"], "Unknown option --lr."),
@@ -597,7 +600,7 @@ def test_bad_commands(capsys, words, sentence):
 
 
 def test_the_nearest_model_is_named(cli, monkeypatch, model):
-    monkeypatch.setattr("ldm.loading.embedded", lambda: {"scenes": model})
+    monkeypatch.setattr("ldm.loading.embedded", lambda mark: {"scenes": model})
     found = cli("generate", HOUSE, "--model", "sceens", status=1)
     assert "There is no model 'sceens'" in found.err and "Did you mean 'scenes'?" in found.err
     assert cli("generate", HOUSE, "--out", "a.png", model=None).lines == ["a.png"]  # and scenes is the default
@@ -785,9 +788,9 @@ def test_damaged_configuration(cli, damaged):
 def test_an_error_late_in_a_run_leaves_what_was_drawn(cli, prompts, monkeypatch):
     decode, calls = Pipeline.decode, []
 
-    def broken(self, x0):
+    def broken(self, x0, tile):
         calls.append(1)
-        return decode(self, x0 if len(calls) < 3 else x0 * float("nan"))
+        return decode(self, x0 if len(calls) < 3 else x0 * float("nan"), tile)
 
     monkeypatch.setattr(Pipeline, "decode", broken)
     found = cli("generate", "--prompts", prompts, status=1)
@@ -812,7 +815,7 @@ def test_errors_of_the_machine_are_sentences_too(cli, monkeypatch, error, senten
     def broken(*_, **__):
         raise error
 
-    monkeypatch.setattr(Pipeline, "steps", broken)
+    monkeypatch.setattr(Pipeline, "prepare", broken)
     found = cli("generate", HOUSE, status=1).err
     assert found.startswith(f"ldm: {sentence}") and found.count("\n") == 1
     monkeypatch.setenv("LDM_TRACEBACK", "1")  # for those who look for the fault

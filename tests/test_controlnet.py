@@ -615,7 +615,9 @@ def test_picture_and_words_are_read_once_not_each_step(models, options, contexts
     list(models.ours("sd1").steps([PROMPT, OTHERS[0]], **{**SMALL, **options}, control=[Control(counted.net, PICTURE)]))
     assert counted.pictures == [1]
     assert counted.words == [batch] * (2 * cross(counted.net) * contexts)
-    evaluations = 5 if options.get("sampler") == "heun" else 3  # the last step to a clean picture takes one
+    evaluations = (
+        6 if options.get("sampler") == "heun" else 3
+    )  # this table ends with some noise: the last step asks twice
     assert counted.runs == [batch] * (evaluations * contexts)
 
 
@@ -635,7 +637,8 @@ def test_the_rows_are_those_that_diffusers_keeps(models):
                 if start < end:
                     for first in (0, 4):
                         rows = Control(net, PICTURE, start=start, end=end).rows(first, first + n)
-                        assert rows == {first + i for i in kept(start, end, n)}
+                        ahead = {first + n} if n - 1 in kept(start, end, n) else set()  # asked by Heun's last step
+                        assert rows == {first + i for i in kept(start, end, n)} | ahead
                         sizes.add(len(rows))
     assert len(sizes) > 20 and Control(net, PICTURE, scale=0.0).rows(0, 9) == frozenset()
 

@@ -152,8 +152,8 @@ def test_inpainting_by_blending_equals_diffusers_in_float64(task_models, name, c
 @pytest.mark.parametrize("name", ["inpaint", "inpaint2"])
 @pytest.mark.parametrize("case", FROM_PICTURE + WITHIN_A_STEP + WHOLE, ids=str)
 def test_inpainting_with_nine_channels_equals_diffusers_in_float64(task_models, name, case):
-    sampler, spacing, n, strength = case
-    for strength in {strength, 1.0} if n < 50 else {strength}:
+    sampler, spacing, n, least = case
+    for strength in {least, 1.0} if n < 50 else {least}:
         request = {**GUIDED, "image": TWO, "mask": [MASK, GREY], "strength": strength, **SMALL}
         check(task_models, name, None, sampler, spacing, n, F64, request)
 
@@ -353,9 +353,11 @@ def test_defect_diffusers_forgets_the_picture_where_latents_are_given(task_model
     Ours puts them onto the picture, as the noise that they are.
     """
     scheduler, x = scheduler_like("ddim", "epsilon", "leading", 10, F64), normal(9, 2, 4, 4, 6, dtype=F64)
-    pipe, reference = with_scheduler(task_models.ours("sd1", F64), scheduler), task_models.reference("sd1", F64, "blend")
+    pipe = with_scheduler(task_models.ours("sd1", F64), scheduler)
     request = {**GUIDED, "image": TWO, "mask": MASK, "strength": 0.5}
-    theirs = run_diffusers(reference, scheduler, 10, {**request, "latents": x, **SMALL})[0]
+    theirs = run_diffusers(
+        task_models.reference("sd1", F64, "blend"), scheduler, 10, {**request, "latents": x, **SMALL}
+    )[0]
     run = pipe.prepare(**request, steps=10, seed=5, compat=True, latents=x)
     level = run.schedule[5]
     x0 = (run.x - level.sigma * x) / level.alpha

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from ldm import scenes
 from ldm.errors import LDMError
+from ldm.io.folders import folder_hash
 from ldm.metrics.checker import NOTHING, QUESTIONS
 from ldm.models.vae import VAE, VAEConfig
 from ldm.train import checker, clip, common, unet, vae
@@ -368,7 +369,8 @@ def test_another_vae_s_latents_are_not_taken(run_folder, tmp_path):
         torch.manual_seed(seed)
         model = VAE(TINY_VAE).requires_grad_(False)
         common.write_model(folder / "vae", model, "diffusion_pytorch_model")
-        means.append(unet.encode_pictures(model, data, folder, "train", "cpu")[0])
+        latents = folder, folder_hash(folder / "vae")
+        means.append(unet.encode_pictures(model, data, *latents, "train", "cpu")[0])
     assert not torch.equal(*means)
 
 

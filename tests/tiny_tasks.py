@@ -28,7 +28,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from reference import randomise
-from tiny_pairs import MODELS, UNET, VAE, Models, build
+from tiny_pairs import MODELS, UNET, Models, build
 
 import ldm
 from ldm.io.folders import read_json

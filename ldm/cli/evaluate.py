@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def run_control(args: argparse.Namespace, pipe: "Pipeline") -> None:
-    from ldm.cli.plan import prepare_file
+    from ldm.cli.plan import prepare_sheet
     from ldm.io.png import save_png
     from ldm.loading import load_controlnet
     from ldm.metrics.control import evaluate_control, report, scale_grid
@@ -64,7 +64,7 @@ def run_control(args: argparse.Namespace, pipe: "Pipeline") -> None:
     if args.out:
         raise LDMError("--out keeps the pictures of an evaluation without --control: leave one of them out.")
     if args.grid:
-        prepare_file(Path(args.grid), overwrite=True)
+        prepare_sheet(Path(args.grid), "shows")
     net = load_controlnet(args.net or f"{Path(args.model).name}-{args.control}", pipe)
     options = said(args, (*LEVELS, "guidance"))
     checker = load_checker(pipe.folder).to(pipe.device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ldm.cli import given
 from ldm.cli.inside import SHEET, Inside, other_run
 from ldm.cli.options import LEVELS, SEED, add_levels, add_model_options, open_model, progress, real, said, whole
-from ldm.cli.plan import Job, batches, make_folder, obstacle, plan, prepare, prepare_file, read_prompts
+from ldm.cli.plan import Job, batches, make_folder, obstacle, plan, prepare, prepare_sheet, read_prompts
 from ldm.cli.record import DECIDES, make_record, pixel_hash
 from ldm.errors import LDMError
 from ldm.io.png import save_png
@@ -92,14 +92,14 @@ def run(args: argparse.Namespace) -> None:
     if args.save_steps:
         make_folder(Path(args.save_steps))
     if args.explain:
-        prepare_file(Path(args.explain), overwrite=True)
+        prepare_sheet(Path(args.explain), "explains", args.overwrite)
     drawing = Drawing(args)
     drawing.check(jobs[0])
     if args.explain:
         save_png(
             given.explain(drawing.given, drawing.settings(jobs[0])),
             args.explain,
-            {"explains": given.words(drawing.given.wish)},
+            {"explains": drawing.given.words()},
         )
         print(args.explain)
     waiting = drawing.waiting(jobs)

@@ -94,13 +94,14 @@ def control(text: str) -> dict:
 
 
 OPTIONS = ("image", "mask", "outpaint", "control", "estimator", "depth", "tile", "enlarge", "refine", "invert")
+ABOUT_THE_FIRST = ("width", "height", "strength", "steps_are", "latents")  # not about the one that is enlarged
 FLAGS = ("no_paste", "guess")  # these two lists, and `wishes`, hold what a record needs to open the pictures again
 
 
 def wishes(args: argparse.Namespace) -> dict:
     """What the command line says of pictures: only what was said."""
     found = {name: getattr(args, name) for name in (*OPTIONS, *FLAGS)}
-    return {name: value for name, value in found.items() if value not in (None, False, [])}
+    return {name: value for name, value in found.items() if value is not None and value is not False and value != []}
 
 
 def words(wish: dict) -> list[str]:
@@ -109,11 +110,11 @@ def words(wish: dict) -> list[str]:
     for name, value in wish.items():
         option = "--" + name.replace("_", "-")
         if name == "control":
-            found += [word for each in value for word in (option, each["text"])]
+            found += [f"{option}={each['text']}" for each in value]
         elif name == "outpaint":
-            found += [option, ",".join(map(str, value))]
+            found.append(f"{option}={','.join(map(str, value))}")
         else:
-            found += [option] if value is True else [option, str(value)]
+            found.append(option if value is True else f"{option}={value}")  # "=": a value may begin with "-"
     return found
 
 
@@ -145,6 +146,15 @@ class Given:
         said = {name: value for name, value in self.wish.items() if name not in ("image", "mask", "depth", "control")}
         return said | self.hashes
 
+    def words(self) -> list[str]:
+        """The words of the command line that name the pictures."""
+        return words(self.wish)
+
+    def size(self, settings: "Settings", factor: int) -> tuple[int, int]:
+        """Width and height of what is drawn, where a latent stands for `factor` pixels: `Pipeline.enlarge` rounds."""
+        sides = (settings.width // factor, settings.height // factor)
+        return tuple(factor * max(1, round(self.wish.get("enlarge", 1) * side)) for side in sides)
+
     def refined(self, settings: "Settings") -> int:
         """How many steps an enlarged picture is refined by."""
         from ldm.settings import run_of
@@ -159,8 +169,7 @@ class Given:
 
 def open_given(wish: dict, pipe: "Pipeline", model: str) -> Given:
     """Open every picture, make the conditions and load the ControlNets. Raises LDMError for what cannot be."""
-    from ldm.io.pictures import as_mask
-    from ldm.pictures import extend
+    from ldm.pictures import extend, read_mask
 
     given = Given(wish)
     if ("outpaint" in wish or "mask" in wish or "invert" in wish) and "image" not in wish:
@@ -175,13 +184,15 @@ def open_given(wish: dict, pipe: "Pipeline", model: str) -> Given:
         raise LDMError("--refine is the strength with which an enlarged picture is drawn over: say --enlarge, too.")
     if "invert" in wish and ("mask" in wish or "outpaint" in wish):
         raise LDMError("--invert begins from noise, and a mask keeps a picture: leave one of them out.")
+    if ("enlarge" in wish or "invert" in wish) and pipe.task != "text":
+        raise LDMError(f"--enlarge and --invert need a model that draws from words; this one is for {pipe.task}.")
     if "image" in wish:
         image = picture_of(wish["image"])
         if "outpaint" in wish:
             image, given.options["mask"] = extend(image, *wish["outpaint"])
         given.options["image"] = image
     if "mask" in wish:
-        given.options["mask"] = as_mask(wish["mask"], wish["mask"])
+        given.options["mask"] = read_mask(wish["mask"], given.options["image"], wish["mask"])
     if "depth" in wish:
         given.options["depth"] = picture_of(wish["depth"], "depth")
     for name in ("image", "mask", "depth"):
@@ -202,7 +213,14 @@ def sized(given: Given, pipe: "Pipeline", options: dict) -> dict:
     asked = (options.get(name) for name in ("width", "height", "strength"))
     found = pipe.sizes(image, given.options.get("mask"), given.options.get("control", ()), *asked)
     if "invert" in given.wish:  # that begins from noise
+        idle = [name for name in ("strength", "steps_are") if name in options]
+        if idle or options.get("sampler", "ddim") != "ddim":
+            name = (idle or ["sampler"])[0].replace("_", "-")
+            raise LDMError(f"--invert goes all the way up to noise and back by DDIM: leave --{name} out.")
         found |= {"strength": None, "sampler": "ddim"}
+    if "enlarge" in given.wish:  # refused now, and not when the small picture is drawn
+        named = {name: value for name, value in options.items() if name not in ABOUT_THE_FIRST}
+        pipe.settings("", **named, strength=given.refine)
     return options | {name: value for name, value in found.items() if value is not None}
 
 
@@ -228,11 +246,14 @@ def hash_of(image: "Image.Image") -> str:
 
 def open_control(wish: dict, all_wishes: dict, pipe: "Pipeline", model: str) -> "tuple[Control, dict]":
     """One --control: the ControlNet with its condition, and what the record tells of it."""
+    from ldm.conditions.checks import check_kind
     from ldm.control import Control
     from ldm.io.folders import folder_hash
     from ldm.loading import embedded, find_model, load_controlnet
 
     kind, net = wish["kind"], wish["net"]
+    if kind != AS_IS:
+        check_kind(kind)
     if net is None:
         net = f"{Path(model).name}-{kind}"
         if net not in embedded("config.json"):
@@ -286,8 +307,7 @@ def draw(pipe: "Pipeline", prompt: str, given: Given, watch: "Callable[[Step | N
     if "enlarge" in given.wish:
         large = pipe.enlarge(x, given.wish["enlarge"])
         led = {name: value for name, value in pictures.items() if name in ("control", "tile")}
-        first = ("width", "height", "strength", "steps_are", "latents")  # they were about the small picture
-        options = {name: value for name, value in options.items() if name not in first}
+        options = {name: value for name, value in options.items() if name not in ABOUT_THE_FIRST}
         run = pipe.prepare(prompt, image=large, strength=given.refine, **led, **options)
         x = watched(run, watch)
     return run.finish(x)

@@ -37,7 +37,8 @@ class Inside:
         self.thumbs.append((thumb, f"{level.i}   t = {level.t:g}"))
 
     def finish(self) -> None:
-        save_png(contact_sheet(self.thumbs), self.folder / SHEET, self.record | {"step": "all"})
+        if self.thumbs:  # of strength 0 there is no step
+            save_png(contact_sheet(self.thumbs), self.folder / SHEET, self.record | {"step": "all"})
 
 
 def files(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ldm.cli.record import differences, read_record
 from ldm.errors import LDMError
 from ldm.io.atomic import check_writable
+from ldm.io.png import read_settings
 
 LONGEST_NAME = 80  # bytes of a prompt in a file's name; some file systems end at 143 bytes
 
@@ -96,6 +97,18 @@ def prepare_file(path: Path, overwrite: bool) -> None:
             raise LDMError(
                 f"{path} is there already and was not drawn by ldm: choose another --out, or say --overwrite."
             ) from error
+
+
+def prepare_sheet(path: Path, mark: str, overwrite: bool = False) -> None:
+    """The same for a sheet about pictures, whose PNG holds the word `mark`: only such a one is replaced."""
+    prepare_file(path, overwrite=True)
+    if path.exists() and not overwrite:
+        try:
+            ours = mark in read_settings(path)
+        except LDMError:
+            ours = False
+        if not ours:
+            raise LDMError(f"{path} is there already and is no such sheet of ldm's: choose another name.")
 
 
 def make_folder(folder: Path) -> None:

@@ -7,7 +7,6 @@ from types import UnionType
 from typing import TYPE_CHECKING, get_args
 
 from ldm import __version__
-from ldm.cli.given import words
 from ldm.errors import LDMError
 from ldm.io.png import read_settings
 
@@ -48,7 +47,7 @@ def make_record(
         **fields,
         "clip_skip": clip_skip,
         "given": given.record(),
-        "pictures": words(given.wish),
+        "pictures": given.words(),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "model": model,
         "model_hash": model_hash,

@@ -34,12 +34,11 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 def run(args: argparse.Namespace) -> int:
     old, image = read_record(args.picture), read_pixels(args.picture)
-    factor = old["given"].get("enlarge", 1)
-    if image.size != tuple(factor * old[side] for side in ("width", "height")) or old["dtype"] not in DTYPES:
-        raise LDMError(f"{args.picture}: the picture and its settings don't belong together; it was changed since.")
+    if old["dtype"] not in DTYPES:
+        raise torn(args.picture)
     if args.out:
         prepare_file(Path(args.out), args.overwrite)
-    new_image, new = draw_again(args, old)
+    new_image, new = draw_again(args, old, image.size)
     if args.out:
         save_png(new_image, args.out, new)
         print(args.out)
@@ -61,8 +60,12 @@ def read_pixels(path: str) -> "Image.Image":
         raise LDMError(f"{path} is damaged ({error}): take another copy of it.") from error
 
 
-def draw_again(args: argparse.Namespace, old: dict) -> tuple["Image.Image", dict]:
-    """The new picture, drawn alone, and its record."""
+def torn(path: str) -> LDMError:
+    return LDMError(f"{path}: the picture and its settings don't belong together; it was changed since.")
+
+
+def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tuple["Image.Image", dict]:
+    """The new picture, drawn alone, and its record; `size` is that of the old picture."""
     try:
         pipe, model_hash = open_model(args.model or old["model"], old["dtype"], args.device or device_of(old))
     except LDMError as error:
@@ -71,10 +74,13 @@ def draw_again(args: argparse.Namespace, old: dict) -> tuple["Image.Image", dict
     options = {name: old[name] for name in ("seed", *SETTINGS) if name != "steps_are"}  # the steps are in total here
     wish = given.read_words(old["pictures"], args.picture)
     opened = given.open_given(wish, pipe, args.model or old["model"])
-    for name, told in opened.record().items():
-        if told != old["given"].get(name):
+    now = opened.record()
+    for name in {**now, **old["given"]}:
+        if now.get(name) != old["given"].get(name):
             raise LDMError(f"{args.picture}: what was given as {name} is another one now, so it can't be drawn again.")
     settings = pipe.settings(old["prompt"], **options)
+    if opened.size(settings, pipe.vae.config.factor) != size:
+        raise torn(args.picture)
     with progress(opened.total(settings)) as bar:
         bar.set_description("drawing again")
         bar.clear()

@@ -150,14 +150,16 @@ def train_stage(stage: str, folder: Path, args: argparse.Namespace, device: str)
             raise LDMError(
                 f"{folder} has no trained {other} yet, which {stage} needs: `ldm train {other} --run {folder}`."
             )
+    from ldm.train.export import check_controlnet_place, export_controlnet
+
     module = importlib.import_module(f"ldm.train.{stage.replace('-', '_')}")
     names = [field.name for field in fields(module.Recipe) if field.name != "device"]
     given = {name: getattr(args, name, None) for name in names}
     recipe = replace(module.Recipe(), device=device, **{k: v for k, v in given.items() if v is not None})
+    if stage == "controlnet" and args.to:
+        check_controlnet_place(Path(args.to))
     module.train(folder, recipe, **({"name": args.name} if stage == "unet" else {}))
     if stage == "controlnet" and args.to:
-        from ldm.train.export import export_controlnet
-
         export_controlnet(folder / f"controlnet-{recipe.condition}" / "controlnet", Path(args.to))
 
 

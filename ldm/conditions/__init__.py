@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm.conditions.checks import already_processed, check_kind, check_range, doubts
 from ldm.conditions.classes import segmentation
-from ldm.conditions.depth import depth_picture, estimate_depth
+from ldm.conditions.depth import depth_picture, estimate_depth, predict_depth
 from ldm.conditions.edges import canny, scribble
 from ldm.conditions.pose import pose, read_pose
 from ldm.errors import LDMError
@@ -20,7 +20,7 @@ from ldm.io.pictures import Source, as_picture
 
 __all__ = [
     "CONDITIONS", "already_processed", "canny", "check_range", "depth_picture", "doubts", "estimate_depth", "pose",
-    "prepare", "read_pose", "scribble", "segmentation", "to_tensor",
+    "predict_depth", "prepare", "read_pose", "scribble", "segmentation", "to_tensor",
 ]  # fmt: skip
 
 CONDITIONS: dict[str, Callable[..., Image.Image]] = {

@@ -51,6 +51,16 @@ def estimate_depth(picture: Source, folder: str | Path) -> Image.Image:
     return depth_picture(((values - low) / (high - low)).clip(0, 1))
 
 
+def predict_depth(picture: Source, folder: str | Path) -> torch.Tensor:
+    """What the network itself says of a photograph, at its own size and scale: (h, w), as `depth=` takes it.
+
+    A depth-to-image model stretches that by itself (`ldm.pictures.depth_tensor`). `folder` as in `estimate_depth`.
+    """
+    run, _ = _depth_estimator(Path(folder))
+    with torch.no_grad():
+        return run.model(**run.image_processor(as_picture(picture), return_tensors="pt")).predicted_depth[0]
+
+
 def _depth_estimator(folder: Path) -> tuple[Callable, Any]:
     """transformers' depth-estimation pipeline around a local network, on the CPU; and the network's configuration."""
     if not (folder / "config.json").is_file():
@@ -67,7 +77,9 @@ def _depth_estimator(folder: Path) -> tuple[Callable, Any]:
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
             output_loading_info=True,
         )  # fmt: skip
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        beside = folder.parent / "feature_extractor"  # where Stable Diffusion's depth-to-image folder has it
+        where = folder if (folder / "preprocessor_config.json").exists() or not beside.is_dir() else beside
+        processor = AutoImageProcessor.from_pretrained(where, local_files_only=True, trust_remote_code=False)
         run = pipeline("depth-estimation", model=model, image_processor=processor, device="cpu")
     except Exception as error:  # of broken folders transformers raises many kinds
         why = " ".join(str(error).split())[:200].rstrip(".")

@@ -110,7 +110,8 @@ def draw(pipe: Pipeline, net: ControlNet, words: list[str], condition: np.ndarra
     context = pipe.encode([""] * len(words) + words)
     led = controller(net, context, net.condition(seen).repeat(2, 1, 1, 1))
     halves = halves_together(conditional(pipe.unet, context, controller=led))
-    drawn = pipe(words, network=classifier_free(halves, pipe.defaults.guidance)).images
+    network, (height, width) = classifier_free(halves, pipe.defaults.guidance), condition.shape[1:]
+    drawn = pipe(words, network=network, width=width, height=height).images
     rows = (2 * seen.cpu() - 1, to_tensor(np.stack([np.asarray(image) for image in drawn])))
     return torch.cat([half for pair in zip(*(row.split(8) for row in rows), strict=True) for half in pair])
 

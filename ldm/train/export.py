@@ -1,15 +1,20 @@
 """Put what was trained together: a folder in diffusers' format, in half precision, that diffusers itself can load."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
+from ldm import conditions, scenes
+from ldm.control import Control
 from ldm.errors import LDMError
 from ldm.io.atomic import atomic_folder
-from ldm.io.folders import folder_hash, read_json, write_json
+from ldm.io.folders import folder_hash, read_fields, read_json, write_json
 from ldm.io.weights import read_tensors, save_weights
-from ldm.loading import load
+from ldm.loading import load, load_controlnet
+from ldm.models.controlnet import ControlNetConfig
 from ldm.train.parallel import leads
 from ldm.train.unet import SCHEDULER
 
@@ -92,16 +97,23 @@ def export_depth_reader(source: Path, target: Path) -> None:
 
 
 def export_controlnet(source: Path, target: Path) -> None:
-    """Write a trained ControlNet as `target`, in fp16. A card that stands there is carried over."""
+    """Write a trained ControlNet as `target`, in fp16. A card that stands there is carried over, with its pictures."""
+    check_controlnet_place(target)
     if not leads():
         return
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
-        raise LDMError(f"{target} holds something else than a ControlNet, and would be replaced: name another.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(target) as new:
         new.rmdir()
         copy_part(source, new, "diffusion_pytorch_model")
         keep_card(target, new)
+
+
+def check_controlnet_place(target: Path) -> None:
+    """Raise LDMError if something else than a ControlNet stands there: before hours of training, not after them."""
+    config = target / "config.json"
+    ours = config.is_file() and read_fields(config).get("_class_name") == ControlNetConfig.class_name
+    if target.is_dir() and any(target.iterdir()) and not ours:
+        raise LDMError(f"{target} holds something else than a ControlNet, and would be replaced: name another.")
 
 
 SAMPLES = (  # what the picture beside the card shows, with seeds 0 to 15
@@ -126,15 +138,57 @@ SAMPLES = (  # what the picture beside the card shows, with seeds 0 to 15
 
 def draw_samples(model: Path, columns: int = 8) -> None:
     """`samples.jpg`: a picture for each of `SAMPLES`, as the exported model draws them."""
-    tiles = load(model)(SAMPLES).images
+    tiled(load(model)(SAMPLES).images, columns).save(model / "samples.jpg", quality=88)
+
+
+def tiled(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size in one, row by row."""
     width, height = tiles[0].size
     sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height))
     for k, tile in enumerate(tiles):
         sheet.paste(tile, (k % columns * width, k // columns * height))
-    sheet.save(model / "samples.jpg", quality=88)
+    return sheet
+
+
+BY_EDGES = (
+    "a green boat at sunset on sand with mountains",
+    "a white boat on snow at night with mountains, watercolor",
+    "pixel art of a yellow boat on grass by day with mountains",
+)
+IN_ITS_PLACE = (
+    "a large blue house on grass at dawn with mountains",
+    "a large yellow flower on grass at dawn with mountains",
+    "a green tree on grass at dawn with mountains",
+)
+STRENGTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def draw_steered(model: Path, net: Path, seed: int = 30_000_011) -> None:
+    """`steered.jpg` in the ControlNet's folder: a held-out scene, and what can be made of it.
+
+    Its edges, and three pictures drawn by them; a mask in red, and three things drawn in its place; the way from the
+    picture to "a large blue house on snow at night", by strength.
+    """
+    pipe = load(model)
+    canny = load_controlnet(net, pipe)
+    picture = scenes.render(scenes.sample(seed, "held-out", n=1, style="plain"))
+    image = Image.fromarray(picture.image)
+    rows, columns = (np.flatnonzero(picture.masks[0].any(axis=side)) for side in (1, 0))
+    hole = np.zeros(picture.depth.shape, np.uint8)
+    hole[max(rows[0] - 6, 0) : rows[-1] + 8, max(columns[0] - 6, 0) : columns[-1] + 8] = 255
+    mask = Image.fromarray(hole)
+    edges, red = conditions.canny(image), Image.new("RGB", image.size, "red")
+    shown = Image.composite(Image.blend(image, red, 0.6), image, mask)
+    led = [pipe(words, seed=k, control=[Control(canny, edges)]) for k, words in enumerate(BY_EDGES)]
+    filled = [pipe(words, image=image, mask=mask) for words in IN_ITS_PLACE]
+    ladder = [pipe("a large blue house on snow at night", seed=1, image=image, strength=s) for s in STRENGTHS]
+    tiles = [image, edges, *led, image, shown, *filled, *ladder]
+    tiles = [tile if isinstance(tile, Image.Image) else tile.images[0] for tile in tiles]
+    tiled(tiles, 5).save(net / "steered.jpg", quality=88)
 
 
 def keep_card(old: Path, new: Path) -> None:
-    card = old / "README.md"
-    if card.exists():
-        (new / "README.md").write_text(card.read_text())
+    """Carry over the model card, and the pictures in it that were not drawn anew."""
+    for path in (path for pattern in ("README.md", "*.jpg", "*.png") for path in old.glob(pattern)):
+        if not (new / path.name).exists():
+            (new / path.name).write_bytes(path.read_bytes())

@@ -1,0 +1,37 @@
+"""What README shows of pictures that steer, run as it stands there."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_pairs import SCENES, scenes
+
+import ldm
+from ldm.metrics.control import edge_f1, edges_of
+from ldm.scenes import render, sample
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@scenes
+@pytest.mark.skipif(not README.exists(), reason="there is no README.md")
+def test_the_pictures_of_the_readme_are_led_by_the_picture(tmp_path, monkeypatch):
+    picture = render(sample(30_000_011, "held-out", n=1, style="plain"))
+    mask = 255 * picture.masks[0].astype(np.uint8)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture.image).save("boat.png")
+    Image.fromarray(mask).save("mask.png")
+    block = re.search(r"<!-- steer -->\s*```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    made = {"ldm": ldm, "pipe": ldm.load(SCENES)}
+    exec(compile(block, "README.md", "exec"), made)
+    green, house, night = (np.asarray(made[name].images[0]).astype(int) for name in ("green", "house", "night"))
+    boat = picture.image.astype(int)
+    wanted = edges_of([Image.fromarray(picture.image)])
+    alone = made["pipe"]("a green boat at sunset on sand").images
+    led, unled = (edge_f1(edges_of(images), wanted).item() for images in (made["green"].images, alone))
+    assert led > unled + 0.3, (led, unled)
+    assert np.array_equal(house[mask == 0], boat[mask == 0])
+    assert np.abs(house - boat)[mask > 0].mean() > 20
+    assert night.mean() < 0.7 * boat.mean()  # it has become night
