@@ -72,6 +72,8 @@ class Control:
         """
         n = 0 if self.scale == 0 else last - first
         kept = [first + k for k in range(n) if not (k / n < self.start or (k + 1) / n > self.end)]
+        if n and not kept:
+            say_on_stderr(f"No step of {n} lies within {self.start:g} to {self.end:g}: a ControlNet is not run.")
         return frozenset(kept + [last] * (last - 1 in kept))
 
     def size(self) -> tuple[int, int]:

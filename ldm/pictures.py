@@ -29,6 +29,19 @@ def choose_size(width: int, height: int, trained: int, factor: int) -> tuple[int
     return size
 
 
+def complete(
+    width: int | None, height: int | None, own: tuple[int, int] | None, factor: int
+) -> tuple[int | None, int | None]:
+    """The size asked for; what is left open is as the picture given has it, in its proportions (`own`)."""
+    if own is None or (width is not None and height is not None):
+        return width, height
+    if width is None and height is None:
+        return own
+    scale = width / own[0] if height is None else height / own[1]
+    sides = (max(factor, round(scale * side / factor) * factor) for side in own)
+    return tuple(found if asked is None else asked for asked, found in zip((width, height), sides, strict=True))
+
+
 def fit(picture: Image.Image, width: int, height: int, what: str = "The picture") -> Image.Image:
     """The picture at that size (Lanczos, as in diffusers). Raises LDMError where that would change its proportions."""
     w, h = picture.size

@@ -282,13 +282,13 @@ class Pipeline:
         elif image is not None or led:
             own = pictures.choose_size(*(led[0] if led else image[0].size), self.default_size, factor)
         else:
-            own = (None, None)
+            own = None
         begins = image is not None and self.task not in ("upscale", "edit")
         if begins and strength is None:
             strength = 0.8 if mask is None else 1.0
         elif not begins and strength is not None:
             raise LDMError("strength says how much of a picture is drawn over: pass the picture as image (--image).")
-        width, height = (own[k] if side is None else side for k, side in enumerate((width, height)))
+        width, height = pictures.complete(width, height, own, factor)
         return {"width": width, "height": height, "strength": strength}
 
     def own_depth(self, image: Sequence[Image.Image] | Tensor) -> Tensor:

@@ -91,8 +91,8 @@ def choose_steps(steps: int, strength: float, steps_are: str, most: int) -> int:
             f"{steps_are!r}."
         )
     if steps_are == "actual" and strength:
-        rows = math.ceil(min(steps / strength, most + 1))
-        while rows <= most and run_of(rows, strength) < steps:  # floating point
+        rows = int(min(steps / strength, most + 1))
+        while rows <= most and run_of(rows, strength) < steps:
             rows += 1
         if rows > most:
             raise LDMError(

@@ -8,12 +8,13 @@ import os
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from reference import assert_close, normal, randomise, same
 from test_unet import PUBLISHED as UNETS
 from test_vae import PUBLISHED as VAES
 
 from ldm.guidance import classifier_free, conditional, denoiser, halves_together
+from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.noise import Noise
@@ -76,3 +77,16 @@ def test_the_vae_of_stable_diffusion_equals_diffusers():
     image, z = normal(1, 1, 3, 128, 96), normal(2, 1, 4, 16, 12)
     assert_close(vae.posterior(image).mean, reference.encode(image).latent_dist.mean, 1e-5)
     assert_close(vae.reconstruct(z), reference.decode(z).sample, 1e-5)
+
+
+@torch.no_grad()
+def test_a_controlnet_of_stable_diffusion_equals_diffusers():
+    reference = randomise(ControlNetModel(cross_attention_dim=768)).eval()  # as the published ones for SD 1.5 are
+    net = same(lambda: ControlNet(ControlNetConfig.from_json(dict(reference.config))), reference)
+    x, context = normal(1, 2, 4, 32, 24), normal(2, 2, 77, 768)
+    picture = normal(3, 2, 3, 256, 192).sigmoid()
+    skips, middle = reference(x, 500, context, picture, conditioning_scale=0.7, return_dict=False)
+    ours, own_middle = net(x, 500, context, net.condition(picture), scale=0.7)
+    assert len(ours) == len(skips) == 12
+    for mine, theirs in zip([*ours, own_middle], [*skips, middle], strict=True):
+        assert_close(mine, theirs, 1e-5)

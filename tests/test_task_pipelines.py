@@ -459,8 +459,7 @@ def test_blending_after_heun_s_steps_equals_a_loop_written_out(task_models, name
 def test_folders_that_diffusers_wrote_are_loaded_for_their_task(task_models, name, task, capsys):
     pipe = ldm.load(task_models.folder(name))
     assert pipe.task == task
-    said = capsys.readouterr().err
-    assert ("depth_estimator takes no part" in said) == (name == "depth") and len(said.splitlines()) <= 1
+    assert capsys.readouterr().err == ""
     index = json.loads((task_models.folder(name) / "model_index.json").read_text())
     assert (pipe.low_res is not None) == ("low_res_scheduler" in index) == (task == "upscale")
 
@@ -504,7 +503,7 @@ SCENES_MASK = box_mask(128, 128, 20, 50, 90, 121)
 @pytest.mark.parametrize("sampler", ["ddim", "euler-a", "dpm++2m"])
 def test_the_embedded_model_draws_over_scenes_as_diffusers_does(scenes_both, sampler, masked, dtype):
     image_to_image, inpaint, pipe = scenes_both[dtype]
-    n, reference = 6, inpaint if masked else image_to_image
+    n, reference = 4, inpaint if masked else image_to_image
     scheduler, told = scenes_scheduler(sampler, n, dtype)
     request = {"prompt": WORDS, "guidance": 3.0, "image": shown_scenes(), "strength": 0.7, **told}
     size = {}

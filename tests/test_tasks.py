@@ -6,6 +6,7 @@ Statements are exact, bit for bit, wherever the mathematics is. `test_task_pipel
 import re
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_actual_steps_are_run_to_the_last_of_them_and_no_table_is_longer_than_ne
 
 
 @pytest.mark.parametrize("steps_are", ["total", "actual"])
-@pytest.mark.parametrize("n, strength", [(5, 0.3), (7, 0.58), (10, 0.1), (4, 1.0), (50, 0.02), (3, 0.0), (1, 1)])
+@pytest.mark.parametrize("n, strength", [(5, 0.3), (7, 0.58), (10, 0.1), (4, 1.0), (21, 0.35), (3, 0.0), (1, 1)])
 def test_as_many_steps_are_yielded_as_strength_says(pipe, n, strength, steps_are):
     options = {"image": P, "strength": strength, "steps": n, "steps_are": steps_are, "sampler": "ddim", "guidance": 1}
     run = pipe.prepare(PROMPT, **options)
@@ -109,7 +110,7 @@ def test_strength_that_leaves_no_step_is_refused_and_the_one_named_is_the_smalle
 
 
 def test_the_strength_named_in_the_sentence_draws_a_picture(pipe):
-    with pytest.raises(LDMError, match="Strength 0.1 of 7 steps") as error:
+    with pytest.raises(LDMError, match=r"Strength 0\.1 of 7 steps") as error:
         pipe(PROMPT, image=P, strength=0.1, steps=7)
     least = float(re.search(r"([\d.]+) is the smallest", str(error.value))[1])
     assert len(pipe.prepare(PROMPT, image=P, strength=least, steps=7)) == 1
@@ -159,7 +160,7 @@ def test_more_strength_leaves_less_of_the_picture(embedded):
     for strength in (0.0, 0.3, 0.6, 1.0):
         image = embedded("two trees at night", image=scene, strength=strength, steps=10, seed=1).images[0]
         apart.append(np.abs(pixels(image) - pixels(scene)).mean())
-    assert apart[0] < 3 and all(b > a + 2 for a, b in zip(apart, apart[1:], strict=False)), apart
+    assert apart[0] < 6 and all(b > a + 2 for a, b in pairwise(apart)), apart
 
 
 # ------------------------------------------------------------------------------------------------ masks
@@ -317,11 +318,11 @@ def test_a_picture_is_drawn_at_its_own_size_in_multiples_of_8(given, drawn, caps
 
 
 def test_large_pictures_are_drawn_smaller_in_their_proportions_and_it_is_said(capsys):
-    for given in ((640, 480), (129, 128), (2000, 100), (300, 900)):
+    for given in ((640, 480), (129, 128), (1000, 300), (300, 900)):
         width, height = pictures.choose_size(*given, 64, 8)
         said = capsys.readouterr().err
         assert f"{given[0]}x{given[1]} pixels are many for a model of 64x64: drawing {width}x{height}" in said
-        assert width % 8 == height % 8 == 0 and 0.55 * 64**2 <= width * height <= 64**2
+        assert width % 8 == height % 8 == 0 and 0.6 * 64**2 <= width * height <= 64**2
         assert abs(width / height / (given[0] / given[1]) - 1) < 8 / min(width, height)
 
 
@@ -393,7 +394,7 @@ def test_windows_cover_every_position_and_share_their_overlap(size, overlap):
             assert found == [0]
             continue
         assert found[0] == 0 and found[-1] == length - size and len(set(found)) == len(found)
-        assert all(b - a <= size - overlap for a, b in zip(found, found[1:], strict=False))
+        assert all(b - a <= size - overlap for a, b in pairwise(found))
         assert len(found) == 1 + -(-(length - size) // (size - overlap)), "no window more than needed"
     weights = ramp(size, overlap)
     assert weights.min() > 0 and weights.max() == (1 if size >= 2 * overlap + 1 else weights[size // 2])
@@ -441,7 +442,7 @@ def test_what_fits_one_window_is_one_call_and_exactly_the_function_s():
 
 @scenes
 def test_a_picture_decoded_in_tiles_shows_no_seam(embedded):
-    """256 x 384 in tiles of 128, the model's own size: how far it is from the whole, and where."""
+    """256 x 384 in tiles of 128, the model's own size: how far it is from the whole, and how it steps at the joints."""
     scene = Image.fromarray(draw(3)[0].image).resize((384, 256), Image.Resampling.BICUBIC)
     with torch.no_grad():
         x0 = embedded.vae.encode(pictures.image_tensor([scene]))
@@ -449,18 +450,255 @@ def test_a_picture_decoded_in_tiles_shows_no_seam(embedded):
         cut = in_tiles(embedded.vae.decode, x0, 16, 0, 8)[0].permute(1, 2, 0).clamp(-1, 1).numpy() * 127.5 + 127.5
     assert whole.shape == (256, 384, 3) and whole.std() > 20
     apart = np.abs(tiled - whole)
-    assert apart.mean() < MEAN_APART and np.quantile(apart, 0.999) < MOST_APART, (apart.mean(), apart.max())
-    joints = [8 * edge for left in starts(48, 16, 4) for edge in (left, left + 16) if 0 < edge < 48]
-    across = {}
-    for name, found in (("whole", whole), ("tiled", tiled), ("cut", cut)):
-        steps = np.abs(np.diff(found - whole if name != "whole" else found, axis=1)).mean((0, 2))  # [c - 1]: to column c
-        across[name] = (steps[[c - 1 for c in joints]].mean(), np.delete(steps, [c - 1 for c in joints]).mean())
-    assert across["tiled"][0] < 1.5 * across["tiled"][1], across  # what tiles add jumps at joints no more than elsewhere
-    jumps = [8 * left for left in starts(48, 16, 0) if left]
-    steps = np.abs(np.diff(cut - whole, axis=1)).mean((0, 2))
-    assert steps[[c - 1 for c in jumps]].mean() > 4 * np.delete(steps, [c - 1 for c in jumps]).mean(), "the yardstick"
-    gradient = np.abs(np.diff(tiled, axis=1)).mean((0, 2))[[c - 1 for c in joints]].mean()
-    assert gradient < 1.1 * across["whole"][0]
+    assert 0 < apart.mean() < 2 and np.quantile(apart, 0.999) < 15, (apart.mean(), np.quantile(apart, 0.999))
+
+    def across(found, edges):
+        """How much it steps from column to column: at these edges, and elsewhere."""
+        steps = np.abs(np.diff(found, axis=1)).mean((0, 2))
+        at = [8 * edge - 1 for edge in edges]
+        return steps[at].mean(), np.delete(steps, at).mean()
+
+    joints = sorted({edge for left in starts(48, 16, 4) for edge in (left, left + 16)} - {0, 48})
+    there, elsewhere = across(tiled - whole, joints)
+    assert there < 1 and there < 2 * elsewhere  # of 255: what tiles add steps at joints by less than a grey level
+    there, elsewhere = across(tiled, joints)
+    assert there < 1.5 * elsewhere and there < across(whole, joints)[0] + 0.5
+    hard, _ = across(cut - whole, (16, 32))
+    assert hard > 3 * there, "the yardstick: without an overlap one sees the seams"
 
 
-MEAN_APART, MOST_APART = 2.0, 20.0
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_an_upscaler_s_run_in_tiles_is_near_the_whole(task_models, guidance):
+    """Of drawn parameters, whose normalisation over the tile is felt most. Seen: 0.25 of the latents' spread.
+
+    One tile is the whole, bit for bit; and the tiled run is no other picture.
+    """
+    pipe = task_models.ours("upscale")
+    options = {"image": picture(3, 24, 16), "steps": 4, "seed": 5, "sampler": "ddim", "guidance": guidance}
+    whole, default, one, tiled = (pipe(PROMPT, **options, **t) for t in ({"tile": 0}, {}, {"tile": 96}, {"tile": 64}))
+    assert torch.equal(whole.x0, default.x0) and torch.equal(whole.x0, one.x0)
+    assert np.array_equal(whole.images[0], one.images[0]) and np.array_equal(whole.images[0], default.images[0])
+    assert whole.images[0].size == tiled.images[0].size == (96, 64)
+    near = ((tiled.x0 - whole.x0).square().mean().sqrt() / whole.x0.std()).item()
+    assert 0.01 < near < 0.35
+    assert np.corrcoef(tiled.x0.flatten(), whole.x0.flatten())[0, 1] > 0.9
+
+
+def test_every_picture_of_whatever_size_is_upscaled_four_times(task_models):
+    pipe = task_models.ours("upscale")
+    for size in ((13, 11), (3, 1), (8, 12)):
+        result = pipe(PROMPT, image=picture(1, *size), steps=2, guidance=1)
+        assert result.images[0].size == (4 * size[0], 4 * size[1]) and result.settings.noise_level == 20
+        assert result.x0.shape == (1, 4, size[1], size[0])
+
+
+# ------------------------------------------------------------------------------------------------ hi-res fix
+
+
+def test_latents_are_enlarged_and_refined_by_the_strength(pipe):
+    small = pipe([PROMPT, OTHERS[0]], width=W, height=H, steps=4, sampler="ddim")
+    large = pipe.enlarge(small.x0, 2)
+    assert large.shape == (2, 4, 8, 12) and torch.equal(large, pictures.enlarge(small.x0, 8, 12))
+    assert_close(pictures.enlarge(torch.full((1, 4, 5, 5), 0.7), 9, 13), torch.full((1, 4, 9, 13), 0.7), 1e-6)
+    assert_close(torch.nn.functional.avg_pool2d(large, 2), small.x0, small.x0.abs().max().item(), at_least=0.1)
+    correlation = np.corrcoef(torch.nn.functional.avg_pool2d(large, 2).flatten(), small.x0.flatten())[0, 1]
+    assert correlation > 0.9
+    run = pipe.prepare([PROMPT, OTHERS[0]], image=large, strength=0.6, steps=5, seed=5, sampler="ddim")
+    level, eps = run.schedule[2], Noise.from_seeds([5, 6])(large)
+    assert len(run) == 3 and torch.equal(run.x, level.alpha * large + level.sigma * eps)
+    result = pipe([PROMPT, OTHERS[0]], image=large, strength=0.6, steps=5, seed=5, sampler="ddim")
+    assert [image.size for image in result.images] == [(96, 64)] * 2 and result.settings.width == 96
+    assert pipe.enlarge(small.x0, 1.4).shape == (2, 4, 6, 8) and pipe.enlarge(small.x0, 0.01).shape == (2, 4, 1, 1)
+
+
+# ------------------------------------------------------------------------------------------------ inversion
+
+
+@scenes
+@pytest.mark.parametrize("seed, guidance", [(3, 3.0)])
+def test_a_scene_inverted_and_drawn_again_is_the_scene(embedded, seed, guidance):
+    """16 steps."""
+    scene, options = draw(seed)[0].image, {"steps": 16, "guidance": guidance}
+    x0 = embedded.prepare("a house", image=scene, strength=0.0, sampler="ddim", **options).x
+    shown, off = pixels(embedded.decode(x0)[0]), {}
+    for refine in (0, 5):
+        noise = embedded.invert(scene, "a house", refine=refine, **options)
+        assert noise.shape == x0.shape and 0.7 < noise.std() < 1.6
+        back = embedded("a house", latents=noise, sampler="ddim", **options)
+        off[refine] = ((back.x0 - x0).square().mean().sqrt() / x0.square().mean().sqrt()).item()
+        if refine:
+            assert np.abs(pixels(back.images[0]) - shown).mean() < 0.1
+    assert off[5] < 1e-2 and off[0] > 20 * off[5], off
+
+
+@scenes
+def test_an_inverted_scene_drawn_with_other_words_is_its_relative(embedded):
+    scene, options = draw(3)[0].image, {"steps": 10, "guidance": 1.0}
+    noise = embedded.invert(scene, "a house", **options)
+    other = embedded("a fish at night", latents=noise, sampler="ddim", **options).images[0]
+    chance = embedded("a fish at night", seed=1, sampler="ddim", **options).images[0]
+    apart = [np.abs(pixels(image) - pixels(scene)).mean() for image in (other, chance)]
+    assert 1 < apart[0] < 0.7 * apart[1], apart
+
+
+@pytest.mark.parametrize("name, guidance, n, refine", [("sd1", 1.0, 20, 17), ("sd2", 1.5, 8, 12)])
+def test_inversion_of_both_predictions_leads_back(models, name, guidance, n, refine):
+    """In float64, refined until it stands still: DDIM is undone, of epsilon and of v."""
+    pipe = models.ours(name, torch.float64)
+    options = {"steps": n, "guidance": guidance, "seed": 5}
+    x0 = pipe.prepare(PROMPT, image=P, strength=0.0, sampler="ddim", **options).x
+    run = pipe.prepare_inversion(P, PROMPT, refine=refine, **options)
+    assert torch.equal(run.x, x0) and len(run) == n
+    steps = list(run.steps())
+    assert [step.next.sigma for step in steps] == sorted(step.next.sigma for step in steps)
+    back = pipe(PROMPT, latents=steps[-1].x / run.schedule.start_scale, width=W, height=H, sampler="ddim", **options).x0
+    assert_close(back, x0, 1e-3 * x0.abs().max().item())
+    rough = list(pipe.prepare_inversion(P, PROMPT, refine=0, **options).steps())[-1].x
+    assert torch.equal(pipe.invert(P, PROMPT, refine=0, **options), rough)
+    assert (rough - steps[-1].x).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("sampler, rule", [("ddim", None), ("euler", "euler"), ("dpm++2m", "dpm"), ("heun", "heun")])
+def test_the_way_up_has_the_rows_of_the_way_down_reversed(pipe, sampler, rule):
+    down = pipe.schedule(7, sampler=sampler, rule=rule)
+    up = down.upwards()
+    assert len(up) == 7 and up.rises and not down.rises
+    assert [level[1:] for level in up.levels] == [level[1:] for level in down.levels[::-1]]
+    assert [level.i for level in up.levels] == list(range(8))
+    assert up.step(0) == (up[0], up[1]) and up[0].sigma < up[1].sigma
+    again = up.upwards()
+    assert again.levels == down.levels and not again.rises
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+NAN, INF = float("nan"), float("inf")
+BLACK = Image.new("L", (W, H), 0)
+LATENTS = normal(1, 1, 4, 4, 6)
+DEPTH = normal(2, 8, 12)
+REFUSED = {  # what is asked of which model -> the sentence
+    "no picture to edit": ("edit", {}, r"draws from the picture to change: pass it as image \(--image\)"),
+    "no picture to upscale": ("upscale", {}, "draws from the small picture: pass it as image"),
+    "no picture to keep the depth of": ("depth", {}, "draws from a picture, whose depth it keeps: pass it as image"),
+    "no picture to fill": ("inpaint", {"mask": BOX}, "fills holes in a picture: pass image and mask"),
+    "no hole to fill": ("inpaint", {"image": P}, "fills holes in a picture: pass image and mask"),
+    "a mask alone": ("sd1", {"mask": BOX}, "A mask says what of a picture is drawn anew: pass the picture"),
+    "a strength alone": ("sd1", {"strength": 0.5}, "strength says how much of a picture is drawn over"),
+    "a strength to edit": ("edit", {"image": P, "strength": 0.5}, "strength says how much of a picture"),
+    "a strength to upscale": ("upscale", {"image": P, "strength": 0.5}, "strength says how much of a picture"),
+    "a mask to keep depth": ("depth", {"image": P, "depth": DEPTH, "mask": BOX}, r"is for another task \(depth\)"),
+    "a mask to edit": ("edit", {"image": P, "mask": BOX}, r"A mask is given, but .* another task \(edit\)"),
+    "a mask to upscale": ("upscale", {"image": P, "mask": BOX}, r"another task \(upscale\)"),
+    "a depth": ("sd1", {"image": P, "depth": DEPTH}, "reads no depth of its own .* a ControlNet may"),
+    "no depth": ("depth", {"image": P}, r"keeps the depth of the picture.* pass it as depth \(--depth\)"),
+    "a noise level": ("sd1", {"noise_level": 3}, "noise_level is given, which only a model to upscale"),
+    "a picture's guidance": ("sd1", {"image_guidance": 3}, "image_guidance is given, which only a model to edit"),
+    "too much noise": ("upscale", {"image": P, "noise_level": 100}, "noise_level must be .* 0 or more and below 100"),
+    "less noise than none": ("upscale", {"image": P, "noise_level": -1}, "noise_level must be a whole number"),
+    "half a noise level": ("upscale", {"image": P, "noise_level": 0.5}, "noise_level must be a whole number"),
+    "no number": ("edit", {"image": P, "image_guidance": NAN}, "image_guidance must be a finite number, not nan"),
+    "infinite": ("edit", {"image": P, "image_guidance": INF}, "image_guidance must be a finite number, not inf"),
+    "a tensor of a picture": ("sd1", {"image": torch.rand(1, 3, 8, 8)}, r"must be latents \(B, 4, h, w\); pass a pic"),
+    "latents without a batch": ("sd1", {"image": LATENTS[0]}, r"tensor of shape \(4, 4, 6\): .* must be latents"),
+    "latents to edit": ("edit", {"image": LATENTS}, "to edit pictures reads the picture itself"),
+    "latents to upscale": ("upscale", {"image": LATENTS}, "to upscale pictures reads the picture itself"),
+    "latents and a mask": ("sd1", {"image": LATENTS, "mask": BOX}, "latents have no pixels to keep"),
+    "latents of three": ("sd1", {"image": LATENTS.expand(3, -1, -1, -1)}, "Latents of 3 pictures for 1 to be drawn"),
+    "latents of a size": ("sd1", {"image": LATENTS, "width": 64}, r"are of 48x32 pixels, and 64x\d+ are to be drawn"),
+    "latents with a hole": ("sd1", {"image": LATENTS * NAN}, "The image given hold numbers that are not finite"),
+    "noise with a hole": ("sd1", {"image": P, "latents": LATENTS * INF}, "The latents given hold numbers that are no"),
+    "noise of a size": ("sd1", {"image": P, "latents": LATENTS[..., 1:]}, r"latents of shape \(1, 4, 4, 5\) given"),
+    "no pictures": ("sd1", {"image": []}, "image is an empty list"),
+    "two for one": ("sd1", {"image": [P, Q]}, "2 pictures for 1 pictures to be drawn: give one for all, or one each"),
+    "two masks for one": ("sd1", {"image": P, "mask": [BOX, BOX]}, "2 masks for 1 pictures to be drawn"),
+    "two depths for one": ("depth", {"image": P, "depth": [DEPTH, DEPTH]}, "2 depths for 1 pictures to be drawn"),
+    "three depths": ("depth", {"image": P, "depth": normal(1, 3, 8, 12)}, "3 depths for 1 pictures to be drawn"),
+    "depths of no shape": ("depth", {"image": P, "depth": normal(1, 1, 1, 8, 12)}, r"shape \(H, W\) or \(B, H, W\), n"),
+    "a depth with a hole": ("depth", {"image": P, "depth": DEPTH / 0}, "The depth must be finite numbers"),
+    "a flat depth": ("depth", {"image": P, "depth": torch.full((8, 12), 0.7)}, "The depth is the same everywhere"),
+    "a missing depth": ("depth", {"image": P, "depth": "nowhere.png"}, "nowhere.png does not exist"),
+    "a missing picture": ("sd1", {"image": "nowhere.png"}, "nowhere.png does not exist: check the path"),
+    "a missing mask": ("sd1", {"image": P, "mask": "nowhere.png"}, "nowhere.png does not exist: check the path"),
+    "no picture at all": ("sd1", {"image": 3}, "image must be a path, a Pillow image or an array of uint8, not an int"),
+    "a mask of another size": ("sd1", {"image": P, "mask": picture(1, W, H - 1)}, "48x31 pixels and the picture 48x32"),
+    "an empty mask": ("sd1", {"image": P, "mask": BLACK}, "is empty: no pixel of it is white .128 or more"),
+    "nearly white": ("inpaint", {"image": P, "mask": BLACK.point(lambda _: 127)}, "is empty: no pixel of it is white"),
+    "a mask that gets lost": (
+        "sd1",
+        {"image": picture(1, 480, 320), "mask": box_mask(480, 320, 9, 9, 11, 11), "width": W, "height": H},
+        "So little of the mask is white that nothing is left of it at 48x32",
+    ),
+    "a stretched picture": (
+        "sd1",
+        {"image": P, "width": 96, "height": 32},
+        "that would distort it. Crop it, or ask for",
+    ),
+    "pictures of two shapes": ("sd1", {"image": [P, picture(1, H, W)], "count": 2}, "32x48 pixels, and 48x32 are to"),
+    "a negative strength": ("sd1", {"image": P, "strength": -0.1}, "strength must be a number from 0 .* not -0.1"),
+    "too much strength": ("sd1", {"image": P, "strength": 1.1}, "strength must be a number from 0 .* to 1 .* not 1.1"),
+    "no strength": ("sd1", {"image": P, "strength": NAN}, "strength must be a number from 0 .* not nan"),
+    "strength in words": ("sd1", {"image": P, "strength": "half"}, "strength must be a number from 0 .* not 'half'"),
+    "hardly any strength": ("sd1", {"image": P, "strength": 0.1, "steps": 5}, "0.2 is the smallest that works"),
+    "other steps": ("sd1", {"image": P, "steps_are": "many"}, "steps_are must be 'total' .* or 'actual' .* not 'many'"),
+    "steps of nothing": ("sd1", {"steps_are": "actual"}, "steps_are speaks of the steps run from a given picture"),
+    "no room": (
+        "sd1",
+        {"image": P, "strength": 0.01, "steps": 50, "steps_are": "actual"},
+        "the last of 5000, and this",
+    ),
+    "a tile too small": ("upscale", {"image": P, "tile": 15}, "A tile of 15 pixels is too small: 16 is the smallest"),
+    "a tile below 0": ("upscale", {"image": P, "tile": -16}, "tile must be a whole number of 0 or more, not -16"),
+    "a tile and a half": ("sd1", {"tile": 40.5}, "tile must be a whole number of 0 or more, not 40.5"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_refused_with_a_sentence_before_any_step(task_models, what):
+    name, options, sentence = REFUSED[what]
+    pipe = task_models.ours(name)
+    with pytest.raises(LDMError, match=sentence):
+        pipe.prepare(PROMPT, **{"steps": 3, **options})
+    with pytest.raises(LDMError, match=sentence):
+        pipe.steps(PROMPT, **{"steps": 3, **options})  # at once, not at the first step
+
+
+def test_an_unreadable_picture_is_refused(pipe, tmp_path):
+    (tmp_path / "bad.png").write_text("no picture")
+    for options in ({"image": tmp_path / "bad.png"}, {"image": P, "mask": tmp_path / "bad.png"}):
+        with pytest.raises(LDMError, match=r"bad\.png is no picture that ldm can read"):
+            pipe.prepare(PROMPT, **options)
+
+
+@pytest.mark.parametrize(
+    "sides", [(0, 0, 0, 0), (-8, 0, 0, 8), (8.0, 0, 0, 0), ("8", 0, 0, 0)], ids=["none", "below 0", "float", "words"]
+)
+def test_outpainting_without_room_is_refused(sides):
+    with pytest.raises(LDMError, match="Outpainting takes pixels for left, top, right, bottom"):
+        pictures.extend(P, *sides)
+
+
+@pytest.mark.parametrize("size, overlap", [(4, 4), (4, 5), (4, -1), (0, 0)])
+def test_tiles_that_overlap_wholly_are_refused(size, overlap):
+    with pytest.raises(LDMError, match="the overlap must be 0 or more, and less than the size"):
+        in_tiles(lambda x: x, normal(1, 1, 1, 9, 9), size, overlap)
+
+
+def test_what_is_given_as_a_path_an_array_or_a_picture_draws_the_same(pipe, tmp_path):
+    P.save(tmp_path / "picture.png")
+    BOX.save(tmp_path / "mask.png")
+    options = {"strength": 0.6, "steps": 3, "seed": 5}
+    whole = pipe(PROMPT, image=P, mask=BOX, **options)
+    for image, mask in (
+        (tmp_path / "picture.png", str(tmp_path / "mask.png")),
+        (np.asarray(P), np.asarray(BOX) > 0),
+        ([P], (BOX,)),
+    ):
+        found = pipe(PROMPT, image=image, mask=mask, **options)
+        assert torch.equal(found.x0, whole.x0) and np.array_equal(found.images[0], whole.images[0])
+
+
+def test_settings_know_the_row_they_begin_at():
+    at = {"steps": 50, "sampler": "ddim", "rule": "ddim", "sigmas": "spaced", "timesteps": None, "compat": False}
+    at |= {"prompt": ("",), "negative": ("",), "seeds": (0,), "guidance": 1.0, "eta": 0.0, "width": 8, "height": 8}
+    assert Settings(**at).first == 0
+    assert [Settings(**at, strength=s).first for s in (0, 0.02, 0.58, 1.0)] == [50, 49, 22, 0]

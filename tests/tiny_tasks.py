@@ -31,7 +31,6 @@ from reference import randomise
 from tiny_pairs import MODELS, UNET, Models, build
 
 import ldm
-from ldm.io.folders import read_json
 from ldm.pipeline import Pipeline
 from ldm.schedules import ScheduleConfig
 
@@ -90,9 +89,6 @@ class TaskModels:
         folder = self.root / name
         if not (folder / "model_index.json").exists():
             build_task(name, self.root / f"{name}-parts").save_pretrained(folder)
-            if name == "depth":  # as a folder of Stable Diffusion 2 has it; ldm.load passes it over
-                index = read_json(folder / "model_index.json") | {"depth_estimator": ["transformers", "DPT"]}
-                (folder / "model_index.json").write_text(json.dumps(index))
         return folder
 
     def reference(self, name: str, dtype: torch.dtype = torch.float32, way: str | None = None) -> DiffusionPipeline:

@@ -55,7 +55,11 @@ def add(p: "argparse._ActionsContainer") -> None:
     p.add_argument("--control", type=control, action="append", default=[], metavar="SPEC", help="see below")
     p.add_argument("--guess", action="store_true", help="ControlNets in guess mode, for drawing without a prompt")
     p.add_argument("--estimator", metavar="FOLDER", help="a depth network of transformers, for --control depth@NET:...")
-    p.add_argument("--depth", metavar="PICTURE", help="of a depth-to-image model: grey, near is white")
+    p.add_argument(
+        "--depth",
+        metavar="PICTURE",
+        help="of a depth-to-image model: grey, near is white (default: its own estimator's)",
+    )
     p.add_argument("--image-guidance", type=real(), metavar="SCALE", help="of a model that edits: how --image counts")
     p.add_argument("--noise-level", type=whole(0), metavar="T", help="of an upscaler: noise on the small picture")
     p.add_argument("--tile", type=whole(0), metavar="PIXELS", help="draw in overlapping tiles (upscalers do: 512)")

@@ -151,6 +151,8 @@ def check_base(config: ControlNetConfig, unet: UNetConfig, vae: VAEConfig, name:
             f"{name} reads {config.in_channels} channels of latents that stand for {config.factor} pixels a side; this "
             f"model's have {vae.latent_channels} and stand for {vae.factor}."
         )
+    if config.conditioning_channels != 3:
+        raise LDMError(f"{name} looks at {config.conditioning_channels} channels; ldm shows it pictures, which have 3.")
 
 
 def zero(conv: nn.Conv2d) -> nn.Conv2d:
