@@ -196,8 +196,14 @@ class Pipeline:
     ) -> Run:
         """A run from a picture up to noise: DDIM's road walked the other way (`ldm.samplers.inverse`).
 
-        `refine`: how often each step is corrected; the other options are those of `prepare`.
+        `refine`: how often each step is corrected; the other options are those of `prepare`. With guidance, or with few
+        steps, corrections may lead away from the road rather than to it: then take more steps, or guidance 1.
         """
+        if taken := {"sampler", "strength"} & options.keys():
+            raise LDMError(
+                f"Inversion walks DDIM's road from the whole picture: leave {' and '.join(sorted(taken))} out."
+            )
+        refine = whole("refine", refine, 0)
         run = self.prepare(prompt, image=image, strength=0.0, guidance=guidance, sampler="ddim", **options)
         settings, schedule = replace(run.settings, strength=None), run.schedule.upwards()
 

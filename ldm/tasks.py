@@ -127,14 +127,16 @@ class Start:
     known: tuple[Tensor, Tensor, Tensor] | None = None  # for `blended`: x0, eps, mask at the latent's size
 
 
+@dataclass(frozen=True)
 class Road:
     """The common first steps of every task: encode a picture, draw noise, and go part of the way back."""
 
-    def __init__(self, vae: VAE, schedule: Schedule, first: int, noise: Noise, latents: Tensor | None, like: Tensor):
-        """`like`: (B, C, h, w) of the shape, dtype and device that the loop's latents have."""
-        self.vae, self.schedule, self.first, self.noise, self.given, self.like = (
-            vae, schedule, first, noise, latents, like,
-        )  # fmt: skip
+    vae: VAE
+    schedule: Schedule
+    first: int  # the row that the run begins at
+    noise: Noise
+    latents: Tensor | None  # the caller's own noise
+    like: Tensor  # (B, C, h, w) of the shape, dtype and device that the loop's latents have
 
     def encode(self, image: Tensor) -> Tensor:
         """A sample of the latents of (B or 1, 3, H, W), each picture's with its own noise, as diffusers takes one."""
@@ -144,7 +146,7 @@ class Road:
 
     def eps(self) -> Tensor:
         """The first noise, of unit variance: the caller's latents, or drawn."""
-        return self.noise(self.like) if self.given is None else self.given.to(self.like)
+        return self.noise(self.like) if self.latents is None else self.latents.to(self.like)
 
     def from_noise(self, eps: Tensor) -> Tensor:
         return eps * self.schedule.start_scale

@@ -261,6 +261,10 @@ WAYS = {
         lambda p, n, o: larger(p, 1.5, led={"control": Control(n, canny(photo()))}), {"enlarge": 1.5},
     ),
     "inverted": ([*IMAGE, "--invert", "a tree"], lambda p, n, o: inverted(p, "a tree"), {"invert": "a tree"}),
+    "inverted on another table": (
+        [*IMAGE, "--invert", "a tree", "--timesteps", "900,500,100"],
+        lambda p, n, o: inverted(p, "a tree", timesteps=[900, 500, 100]), {"invert": "a tree"},
+    ),
     "inverted, without words, unguided": (
         [*IMAGE, "--invert", "", "--guidance", "1"], lambda p, n, o: inverted(p, "", guidance=1.0), {"invert": ""},
     ),
