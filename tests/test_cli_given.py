@@ -536,6 +536,9 @@ def test_pictures_drawn_before_any_were_given_are_drawn_again(cli):
 PATHS = st.text(st.sampled_from("ab ./\\:-=@,'\"é家0.8"), min_size=1, max_size=12) | st.sampled_from(
     ["C:\\x.png", "a:b.png", "-photo.png", "--mask", "my photo.png", "a=b.png", "scene:7", "", "0", "x.png:0.5"]
 )
+SENTENCES = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+# argparse drops "--" wherever it stands.
+PATHS, SENTENCES = (texts.filter(lambda text: text != "--") for texts in (PATHS, SENTENCES))
 SPECS = st.builds(
     lambda kind, net, path, tail: f"{kind}{net}:{path}{tail}",
     st.sampled_from(("canny", "depth", "as-is")),
@@ -551,7 +554,7 @@ WISHES = st.fixed_dictionaries(
         "mask": PATHS,
         "depth": PATHS,
         "estimator": PATHS,
-        "invert": st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | PATHS,
+        "invert": SENTENCES | PATHS,
         "outpaint": st.lists(st.integers(0, 999), min_size=4, max_size=4),
         "control": st.lists(SPECS.map(given.control), min_size=1, max_size=3),
         "tile": st.integers(0, 4096),
@@ -595,7 +598,7 @@ def test_a_picture_whose_name_begins_with_a_dash(cli):
         ({"pictures": ["--image=nowhere.png"]}, r"nowhere\.png does not exist"),
         ({"pictures": ["--mask=mask.png"]}, r"name it with --image"),
         ({"pictures": []}, r"what was given as image is another one now"),
-        ({"pictures": ["--image=photo.png", "--guess"]}, r"what was given as guess is another one now"),
+        ({"pictures": ["--image=photo.png", "--tile=64"]}, r"what was given as tile is another one now"),
         ({"pictures": ["--image=photo.png", "--enlarge=2"]}, r"given as enlarge is another one now"),
         ({"pictures": [3]}, r"lack a sound 'pictures' \(\[3\]\)"),
         ({"pictures": "--image"}, r"lack a sound 'pictures'"),
@@ -762,6 +765,9 @@ BAD = [  # words after the prompt, exit status, what the sentence says
     (["--control", "canny:photo.png"], 1, r"no ControlNet 'tiny-canny' that travels .* canny@FOLDER:photo\.png"),
     (["--control", "as-is:photo.png"], 1, r"There is no ControlNet 'tiny-as-is'"),
     (["--control", "cany:photo.png"], 1, r"Unknown condition 'cany': .*Did you mean 'canny'\?"),
+    (["--no-paste"], 1, r"about what a mask keeps: say --mask or --outpaint"),
+    (["--guess"], 1, r"are about ControlNets: say --control"),
+    (["--estimator", "."], 1, r"are about ControlNets: say --control"),
     (["--control", "depth@NET:photo.png"], 1, r"with --estimator FOLDER; .* --control as-is@NET:photo\.png"),
     (["--control", "depth@NET:photo.png", "--estimator", "."], 1, r"holds no depth estimator"),
     (["--control", f"{NET}:1:0.5:0.2"], 1, r"0 <= start < end <= 1: not from 0\.5 to 0\.2"),

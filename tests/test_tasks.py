@@ -19,9 +19,10 @@ from tiny_pairs import OTHERS, PROMPT, SCENES, scenes
 from tiny_tasks import TaskModels, box_mask, picture
 
 import ldm
-from ldm import pictures, tasks
+from ldm import conditions, pictures, tasks
 from ldm.errors import LDMError
 from ldm.noise import Noise
+from ldm.pipeline import Pipeline
 from ldm.scenes import draw
 from ldm.settings import Settings, choose_steps, run_of
 from ldm.tiles import in_tiles, ramp, starts
@@ -326,6 +327,39 @@ def test_large_pictures_are_drawn_smaller_in_their_proportions_and_it_is_said(ca
         assert abs(width / height / (given[0] / given[1]) - 1) < 8 / min(width, height)
 
 
+@pytest.mark.parametrize("factor", [4, 8])
+def test_a_side_left_open_keeps_the_picture_s_proportions(factor):
+    assert pictures.complete(None, None, None, factor) == (None, None)
+    assert pictures.complete(96, None, None, factor) == (96, None)
+    for own in ((48, 32), (32, 48), (64, 64), (40, 24), (640, 480)):
+        assert pictures.complete(None, None, own, factor) == own
+        assert pictures.complete(16, 24, own, factor) == (16, 24)
+        for asked in (8, 40, 96, 128):
+            width, height = pictures.complete(asked, None, own, factor)
+            assert width == asked and height % factor == 0 and height >= factor
+            assert abs(height - asked * own[1] / own[0]) <= factor / 2 or height == factor
+            assert pictures.complete(None, asked, own[::-1], factor) == (height, asked)
+    assert pictures.complete(96, None, (48, 32), 8) == (96, 64) and pictures.complete(8, None, (640, 64), 8) == (8, 8)
+    assert pictures.complete(20, None, (48, 32), 8) == (20, 16)  # which `settings` then refuses
+
+
+def test_the_size_drawn_is_the_picture_s_or_what_is_asked_for_in_its_proportions(pipe, task_models):
+    def drawn(pipe, **options):
+        settings = pipe.prepare(PROMPT, steps=2, **options).settings
+        return settings.width, settings.height
+
+    assert drawn(pipe) == (64, 64) and drawn(pipe, width=16) == (16, 64)
+    assert drawn(pipe, image=picture(1, 50, 37)) == (48, 32)
+    assert drawn(pipe, image=P, width=96) == (96, 64) and drawn(pipe, image=P, height=64) == (96, 64)
+    assert drawn(pipe, image=LATENTS, width=48) == (48, 32) and drawn(pipe, image=LATENTS) == (48, 32)
+    led = [SimpleNamespace(size=lambda: (40, 24)), SimpleNamespace(size=lambda: (24, 40))]
+    for options, size in (({}, (40, 24)), ({"width": 80}, (80, 48)), ({"image": [P], "width": 96}, (96, 64))):
+        sizes = pipe.sizes(options.pop("image", None), None, led, **options)
+        assert (sizes["width"], sizes["height"]) == size
+    assert drawn(task_models.ours("upscale"), image=picture(1, 9, 6)) == (36, 24)
+    assert drawn(task_models.ours("upscale"), image=picture(1, 9, 6), width=72) == (72, 48)
+
+
 def test_pictures_are_fitted_by_lanczos_and_never_distorted():
     image = picture(1, 100, 75)
     assert pictures.fit(image, 100, 75) is image
@@ -381,6 +415,29 @@ def test_depth_to_image_takes_depths_in_every_form(task_models):
         assert torch.equal(depth_model(prompts, depth=same, **options).x0, whole)
     for_all = depth_model(prompts, depth=depth[0], **options).x0
     assert torch.equal(for_all[0], whole[0]) and (for_all[1] - whole[1]).abs().max() > 1e-3
+
+
+def test_without_a_depth_the_model_s_own_estimator_tells_that_of_each_picture(task_models, tmp_path, monkeypatch):
+    known, asked = {P.tobytes(): normal(1, 8, 12), Q.tobytes(): normal(2, 8, 12)}, []
+
+    def predict(image, folder):
+        asked.append(folder)
+        return known[image.tobytes()]
+
+    monkeypatch.setattr(conditions, "predict_depth", predict)
+    whole = task_models.ours("depth")
+    parts = (whole.tokenizer, whole.text_encoder, whole.unet, whole.vae, whole.scheduler, whole.defaults)
+    prompts, options = [PROMPT, OTHERS[0]], {"image": [P, Q], "steps": 2, "strength": 1.0}
+    for folder in (None, tmp_path):
+        with pytest.raises(LDMError, match="keeps the depth of the picture, and there is no depth_estimator in its"):
+            Pipeline(*parts, folder).prepare(prompts, **options)
+    (tmp_path / "depth_estimator").mkdir()
+    pipe = Pipeline(*parts, tmp_path)
+    given = pipe(prompts, depth=[known[P.tobytes()], known[Q.tobytes()]], **options).x0
+    assert asked == [] and torch.equal(pipe(prompts, **options).x0, given)
+    assert asked == [tmp_path / "depth_estimator"] * 2
+    with pytest.raises(LDMError, match="pass it as depth"):
+        pipe.prepare(PROMPT, image=LATENTS, steps=2)  # of latents nobody tells a depth
 
 
 # ------------------------------------------------------------------------------------------------ tiles
@@ -568,6 +625,25 @@ def test_the_way_up_has_the_rows_of_the_way_down_reversed(pipe, sampler, rule):
     assert up.step(0) == (up[0], up[1]) and up[0].sigma < up[1].sigma
     again = up.upwards()
     assert again.levels == down.levels and not again.rises
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"sampler": "euler"}, "Inversion walks DDIM's road from the whole picture: leave sampler out"),
+        ({"sampler": "ddim"}, "leave sampler out"),
+        ({"strength": 0.5}, "leave strength out"),
+        ({"strength": 0.5, "sampler": "ddim"}, "leave sampler and strength out"),
+        ({"refine": -1}, "refine must be a whole number of 0 or more, not -1"),
+        ({"refine": 1.5}, "refine must be a whole number of 0 or more, not 1.5"),
+        ({"refine": True}, "refine must be a whole number of 0 or more, not True"),
+    ],
+    ids=["euler", "ddim", "strength", "both", "below-0", "half", "true"],
+)
+def test_an_inversion_s_sampler_and_strength_are_its_own_and_refine_is_whole(pipe, options, sentence):
+    for inverted in (pipe.invert, pipe.prepare_inversion):
+        with pytest.raises(LDMError, match=sentence):
+            inverted(P, PROMPT, steps=2, **options)
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -171,25 +171,46 @@ class Given:
         return inverted + settings.steps - settings.first + self.refined(settings)
 
 
+def check_wishes(wish: dict, task: str) -> None:
+    """Raise LDMError for wishes that contradict each other, or that nothing would come of."""
+    said = wish.keys()
+    faults = {
+        "--mask, --outpaint and --invert are about a picture: name it with --image.": (
+            said & {"mask", "outpaint", "invert"} and "image" not in said
+        ),
+        "--outpaint makes its own mask: leave --mask out, or widen the picture and the mask yourself.": (
+            {"outpaint", "mask"} <= said
+        ),
+        "--enlarge draws over the whole picture, which --mask and --outpaint forbid: do one after the other.": (
+            "enlarge" in said and said & {"mask", "outpaint"}
+        ),
+        "--refine is the strength with which an enlarged picture is drawn over: say --enlarge, too.": (
+            "refine" in said and "enlarge" not in said
+        ),
+        "--invert begins from noise, and a mask keeps a picture: leave one of them out.": (
+            "invert" in said and said & {"mask", "outpaint"}
+        ),
+        "--no-paste is about what a mask keeps: say --mask or --outpaint, or leave it out.": (
+            "no_paste" in said and not said & {"mask", "outpaint"}
+        ),
+        "--guess and --estimator are about ControlNets: say --control, or leave them out.": (
+            said & {"guess", "estimator"} and "control" not in said
+        ),
+        f"--enlarge and --invert need a model that draws from words; this one is for {task}.": (
+            said & {"enlarge", "invert"} and task != "text"
+        ),
+    }
+    for sentence, holds in faults.items():
+        if holds:
+            raise LDMError(sentence)
+
+
 def open_given(wish: dict, pipe: "Pipeline", model: str) -> Given:
     """Open every picture, make the conditions and load the ControlNets. Raises LDMError for what cannot be."""
     from ldm.pictures import extend, read_mask
 
     given = Given(wish)
-    if ("outpaint" in wish or "mask" in wish or "invert" in wish) and "image" not in wish:
-        raise LDMError("--mask, --outpaint and --invert are about a picture: name it with --image.")
-    if "outpaint" in wish and "mask" in wish:
-        raise LDMError("--outpaint makes its own mask: leave --mask out, or widen the picture and the mask yourself.")
-    if "enlarge" in wish and ("mask" in wish or "outpaint" in wish):
-        raise LDMError(
-            "--enlarge draws over the whole picture, which --mask and --outpaint forbid: do one after the other."
-        )
-    if "refine" in wish and "enlarge" not in wish:
-        raise LDMError("--refine is the strength with which an enlarged picture is drawn over: say --enlarge, too.")
-    if "invert" in wish and ("mask" in wish or "outpaint" in wish):
-        raise LDMError("--invert begins from noise, and a mask keeps a picture: leave one of them out.")
-    if ("enlarge" in wish or "invert" in wish) and pipe.task != "text":
-        raise LDMError(f"--enlarge and --invert need a model that draws from words; this one is for {pipe.task}.")
+    check_wishes(wish, pipe.task)
     if "image" in wish:
         image = picture_of(wish["image"])
         if "outpaint" in wish:
