@@ -106,7 +106,9 @@ def test_a_scribbles_pen_grows_with_the_picture():
     for size, width in ((512, 13), (1024, 25), (128, 3)):
         half = np.zeros((size, size), np.uint8)
         half[:, size // 2 :] = 255
-        row = pixels(scribble(half))[size // 2, :, 0] > 0
+        drawn = pixels(scribble(half))
+        assert set(np.unique(drawn)) == {0, 255}  # though large ones are drawn at 512 and enlarged
+        row = drawn[size // 2, :, 0] > 0
         assert abs(row.sum() - width) <= 2 and abs(np.flatnonzero(row).mean() - size / 2) <= 1.5
 
 
@@ -195,6 +197,19 @@ def test_depth_of_a_photograph(kind, estimators, photos, monkeypatch):
     assert found.shape == (60, 90, 3) and found.min() == 0 and found.max() == 255 and found.std() > 2
     assert np.abs(found - wanted[:, :, None]).max() <= 1
     assert np.array_equal(pixels(prepare("depth", photo, estimator=str(estimators[kind]))), found)
+
+
+def test_metres_nearer_than_a_hand_are_cut_off(monkeypatch):
+    """1 / distance of one pixel at 0 would leave all others black."""
+    from types import SimpleNamespace
+
+    from ldm.conditions import depth
+
+    metres = torch.tensor([[0.0, 0.05, 0.1, 0.2, 10.0]])
+    network = (lambda picture: {"predicted_depth": metres}, SimpleNamespace(model_type="glpn"))
+    monkeypatch.setattr(depth, "_depth_estimator", lambda folder: network)
+    found = pixels(estimate_depth(Image.new("RGB", (5, 1)), "anywhere"))
+    assert found[0, :, 0].tolist() == [255, 255, 255, round(255 * (5 - 0.1) / (10 - 0.1)), 0]
 
 
 def test_a_constant_prediction_is_no_depth(estimators, photos, tmp_path):
@@ -476,6 +491,11 @@ def test_doubts_about_depth(photos):
 
 def test_doubts_about_classes(tmp_path):
     good = right("segmentation", None, 3)
+    block = np.repeat(np.repeat(np.array([[4, 12], [20, 2]]), 64, axis=0), 64, axis=1)
+    smooth = segmentation(block).resize((160, 160), Image.Resampling.BICUBIC)
+    strange = ~(pixels(smooth)[:, :, None] == ADE20K).all(axis=3).any(axis=2)
+    assert 0.01 < strange.mean() < 0.05 and doubts("segmentation", smooth) == []  # at borders alone
+    assert "PNG" in doubts("segmentation", Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (20, 1))))[0]
     assert "indices" in doubts("segmentation", np.tile(np.arange(150, dtype=np.uint8), (20, 1)))[0]
     good.save(tmp_path / "a.jpg", quality=60)
     assert "PNG" in doubts("segmentation", tmp_path / "a.jpg")[0]
@@ -506,6 +526,8 @@ def test_prepare(photos):
     photo = photos[2]
     assert np.array_equal(pixels(prepare("canny", photo)), pixels(canny(photo)))
     assert np.array_equal(pixels(prepare("canny", photo, low=5, high=50)), pixels(canny(photo, 5, 50)))
+    assert np.array_equal(pixels(prepare("canny", photo, low=0)), pixels(canny(photo, 0, 200)))  # 0 is a number, too
+    assert not np.array_equal(pixels(canny(photo, 0, 200)), pixels(canny(photo)))
     assert np.array_equal(pixels(prepare("scribble", photo)), pixels(scribble(photo)))
     refused(lambda: prepare("cany", photo), "'cany'", "Did you mean 'canny'?")
     refused(lambda: doubts("cany", photo), "Did you mean 'canny'?")

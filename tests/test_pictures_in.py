@@ -166,8 +166,19 @@ def test_exif_of_a_jpeg(photo, tmp_path):
 
 
 def test_broken_exif_is_no_reason_to_refuse(tmp_path, capsys):
-    Image.fromarray(CORNERS).save(tmp_path / "a.png", exif=b"Exif\0\0" + b"MM\0*\0\0\0\x08" + b"\xff" * 20)
-    assert np.array_equal(pixels(open_picture(tmp_path / "a.png")), CORNERS)
+    start = b"Exif\0\0MM\0*\0\0\0\x08"
+    turned, below_zero = struct.pack(">HHIHH", 0x112, 3, 1, 6, 0), struct.pack(">HHIi", 0x100, 9, 1, -5)
+    cases = {  # the bytes -> whether Pillow raises of them, which is said, or passes over them
+        start + b"\xff" * 20: False,
+        start.replace(b"MM", b"XX") + b"\xff" * 20: True,
+        b"Exif\0\0MM\0*\0\0": True,
+        start + b"\0\2" + below_zero + turned + b"\0\0\0\0": True,  # a width of -5
+    }
+    for exif, said in cases.items():
+        Image.fromarray(CORNERS).save(tmp_path / "a.png", exif=exif)
+        assert np.array_equal(pixels(open_picture(tmp_path / "a.png")), CORNERS)
+        line = f"{tmp_path / 'a.png'}: its EXIF is damaged, so it is not turned.\n"
+        assert capsys.readouterr().err == (line if said else "")
 
 
 # ---------------------------------------------------------------------------------------------------- animations
@@ -183,6 +194,16 @@ def test_of_an_animation_the_first_is_taken(form, tmp_path, capsys):
     assert (pixels(open_picture(path)) == [255, 0, 0]).all()
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and str(path) in said[0] and "first" in said[0]
+
+
+def test_a_camera_s_picture_with_its_preview_is_no_animation(photo, tmp_path, capsys):
+    """MPO: a JPEG file behind which a smaller one lies. Cameras name it .jpg."""
+    image = Image.fromarray(photo)
+    image.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[image.resize((32, 32))], quality=95)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert opened.format == "MPO" and opened.n_frames == 2
+    assert np.abs(pixels(open_picture(tmp_path / "a.jpg")) - photo).mean() < 5
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------------------------------------------- broken

@@ -35,3 +35,13 @@ def test_the_pictures_of_the_readme_are_led_by_the_picture(tmp_path, monkeypatch
     assert np.array_equal(house[mask == 0], boat[mask == 0])
     assert np.abs(house - boat)[mask > 0].mean() > 20
     assert night.mean() < 0.7 * boat.mean()  # it has become night
+
+
+@pytest.mark.parametrize("kind", ["canny", "depth"])
+def test_the_cards_of_the_controlnets_have_the_figures_of_their_files(kind):
+    folder = SCENES.parent / f"scenes-{kind}"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    net = ldm.load_controlnet(f"scenes-{kind}", ldm.load(SCENES))
+    assert f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters" in card
+    for name in re.findall(r"\]\(([\w./-]+)\)", card):
+        assert (folder / name).exists(), name

@@ -22,7 +22,9 @@ import ldm
 from ldm import conditions, pictures, tasks
 from ldm.errors import LDMError
 from ldm.noise import Noise
+from ldm.diffusion import Prediction
 from ldm.pipeline import Pipeline
+from ldm.samplers.inverse import ddim_inverse
 from ldm.scenes import draw
 from ldm.settings import Settings, choose_steps, run_of
 from ldm.tiles import in_tiles, ramp, starts
@@ -245,7 +247,29 @@ def test_pictures_drawn_alone_equal_those_of_a_batch(pipe):
     batch, alone = (pipe([PROMPT, OTHERS[0]], one_by_one=one, **options) for one in (False, True))
     assert_close(alone.x0, batch.x0, 1e-5 * batch.x0.abs().max().item())
     second = pipe(OTHERS[0], **options | {"image": Q, "mask": options["mask"][1], "seed": 6})
-    assert torch.equal(second.x0, alone.x0[1:]) and len(alone.changed) == 2
+    assert torch.equal(second.x0, alone.x0[1:]) and alone.changed == pytest.approx(batch.changed, rel=1e-3)
+    assert second.changed == alone.changed[1:] and alone.settings.seeds == (5, 6)
+    outside = [pixels(mask) == 0 for mask in options["mask"]]
+    for result in (alone, batch):  # each with the pixels of its own picture, outside its own mask
+        for image, own, kept in zip(result.images, (P, Q), outside, strict=True):
+            assert np.array_equal(pixels(image)[kept], pixels(own)[kept])
+            assert (pixels(image) != pixels(own)).any(2)[~kept].mean() > 0.9
+
+
+def test_one_by_one_takes_of_latents_and_depths_each_picture_s_own(pipe, task_models):
+    prompts, depth = [PROMPT, OTHERS[0]], normal(1, 2, 8, 12).cumsum(2)
+    depth_model, latents = task_models.ours("depth"), normal(3, 2, 4, 4, 6)
+    two_rows = normal(2, 2, 12).cumsum(1)  # of one depth, for all
+    for model, options in (
+        (pipe, {"image": latents}),
+        (pipe, {"image": latents[:1]}),
+        (depth_model, {"image": [P, Q], "depth": depth}),
+        (depth_model, {"image": P, "depth": [depth[0], depth[1]]}),
+        (depth_model, {"image": P, "depth": two_rows}),
+    ):
+        options |= {"steps": 2, "strength": 1.0, "seed": 5}
+        batch, alone = (model(prompts, one_by_one=one, **options).x0 for one in (False, True))
+        assert_close(alone, batch, 1e-5 * batch.abs().max().item())
 
 
 def test_a_line_of_one_pixel_survives_and_is_lost_as_in_diffusers():
@@ -348,6 +372,8 @@ def test_the_size_drawn_is_the_picture_s_or_what_is_asked_for_in_its_proportions
         settings = pipe.prepare(PROMPT, steps=2, **options).settings
         return settings.width, settings.height
 
+    assert pipe.prepare(PROMPT, image=P).settings.strength == 0.8
+    assert pipe.prepare(PROMPT, image=P, mask=BOX).settings.strength == 1.0 and pipe.prepare(PROMPT).settings.first == 0
     assert drawn(pipe) == (64, 64) and drawn(pipe, width=16) == (16, 64)
     assert drawn(pipe, image=picture(1, 50, 37)) == (48, 32)
     assert drawn(pipe, image=P, width=96) == (96, 64) and drawn(pipe, image=P, height=64) == (96, 64)
@@ -536,9 +562,19 @@ def test_an_upscaler_s_run_in_tiles_is_near_the_whole(task_models, guidance):
     assert torch.equal(whole.x0, default.x0) and torch.equal(whole.x0, one.x0)
     assert np.array_equal(whole.images[0], one.images[0]) and np.array_equal(whole.images[0], default.images[0])
     assert whole.images[0].size == tiled.images[0].size == (96, 64)
+    assert np.array_equal(tiled.images[0], pipe.decode(tiled.x0, tile=64)[0]), "what is drawn in tiles is decoded in them"
+    assert not np.array_equal(tiled.images[0], pipe.decode(tiled.x0)[0])
     near = ((tiled.x0 - whole.x0).square().mean().sqrt() / whole.x0.std()).item()
     assert 0.01 < near < 0.35
     assert np.corrcoef(tiled.x0.flatten(), whole.x0.flatten())[0, 1] > 0.9
+
+
+def test_an_upscaler_alone_draws_in_tiles_by_itself_and_0_forbids_it(task_models, pipe, monkeypatch):
+    monkeypatch.setattr("ldm.pipeline.TILE", 64)
+    for model, own in ((task_models.ours("upscale"), 64), (pipe, 0)):
+        options = {"image": picture(3, 24, 16) if own else picture(3, 96, 64), "steps": 2, "guidance": 1}
+        default, *others = (model(PROMPT, **options, **t).x0 for t in ({}, {"tile": 64}, {"tile": 0}))
+        assert [torch.equal(default, other) for other in others] == [own == 64, own == 0]
 
 
 def test_every_picture_of_whatever_size_is_upscaled_four_times(task_models):
@@ -615,6 +651,39 @@ def test_inversion_of_both_predictions_leads_back(models, name, guidance, n, ref
     assert (rough - steps[-1].x).abs().max() > 1e-2
 
 
+def test_inversion_tells_the_network_where_the_latent_stands_and_steps_as_ddim_does(pipe):
+    schedule, asked = pipe.schedule(6).upwards(), []
+
+    def denoise(x, level):
+        asked.append(level)
+        return Prediction(x.sin(), x.cos(), x, x)
+
+    x, level, after = normal(1, 1, 4, 2, 2), *schedule.step(2)
+    rough = ddim_inverse(denoise, x, schedule, 2, [], None, refine=0)
+    assert asked == [level] and torch.equal(rough.x, after.alpha * x.sin() + after.sigma * x.cos())
+    asked.clear()
+    once = ddim_inverse(denoise, x, schedule, 2, [], None, refine=1)
+    assert asked == [level, after] and (once.level, once.next) == (level, after)
+    eps = rough.x.cos()
+    x0 = (x - level.sigma * eps) / level.alpha
+    assert_close(once.x, after.alpha * x0 + after.sigma * eps, 1e-6)
+    assert_close(torch.cat([once.x0, once.eps]), torch.cat([x0, eps]), 1e-6)
+
+
+def test_inverted_noise_is_of_unit_variance_whatever_the_rule_s_scale(pipe):
+    """As `latents` are read: a run by the rule of Euler's sampler multiplies them by its first level's sigma."""
+    scheduler = replace(pipe.scheduler, timestep_spacing="linspace")
+    pipe = Pipeline(pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.vae, scheduler, pipe.defaults)
+    options = {"steps": 4, "rule": "euler"}
+    run = pipe.prepare_inversion(P, PROMPT, **options)
+    assert run.schedule.start_scale != 1 and run.settings.guidance == 1 and run.settings.strength is None
+    *_, last = run.steps()
+    noise = pipe.invert(P, PROMPT, **options)
+    assert torch.equal(noise, last.x / run.schedule.start_scale)
+    drawn = pipe.prepare(PROMPT, latents=noise, sampler="ddim", guidance=1, width=W, height=H, **options)
+    assert_close(drawn.x, last.x, 1e-6)
+
+
 @pytest.mark.parametrize("sampler, rule", [("ddim", None), ("euler", "euler"), ("dpm++2m", "dpm"), ("heun", "heun")])
 def test_the_way_up_has_the_rows_of_the_way_down_reversed(pipe, sampler, rule):
     down = pipe.schedule(7, sampler=sampler, rule=rule)
@@ -625,6 +694,10 @@ def test_the_way_up_has_the_rows_of_the_way_down_reversed(pipe, sampler, rule):
     assert up.step(0) == (up[0], up[1]) and up[0].sigma < up[1].sigma
     again = up.upwards()
     assert again.levels == down.levels and not again.rises
+    striding = pipe.schedule(7, sampler=sampler, rule=rule, compat=True)
+    assert (striding.landings is not None) == (rule is None)
+    up = striding.upwards()
+    assert [up.step(i) for i in range(7)] == list(pairwise(up.levels))
 
 
 @pytest.mark.parametrize(
@@ -668,6 +741,7 @@ REFUSED = {  # what is asked of which model -> the sentence
     "a depth": ("sd1", {"image": P, "depth": DEPTH}, "reads no depth of its own .* a ControlNet may"),
     "no depth": ("depth", {"image": P}, r"keeps the depth of the picture.* pass it as depth \(--depth\)"),
     "a noise level": ("sd1", {"noise_level": 3}, "noise_level is given, which only a model to upscale"),
+    "a noise level of none": ("sd1", {"noise_level": 0}, "noise_level is given, which only a model to upscale"),
     "a picture's guidance": ("sd1", {"image_guidance": 3}, "image_guidance is given, which only a model to edit"),
     "too much noise": ("upscale", {"image": P, "noise_level": 100}, "noise_level must be .* 0 or more and below 100"),
     "less noise than none": ("upscale", {"image": P, "noise_level": -1}, "noise_level must be a whole number"),
