@@ -121,7 +121,9 @@ def test_the_depth_reader_sees_where_a_thing_is():
 
 
 def test_a_model_without_a_depth_reader_is_told_so(tmp_path):
-    with pytest.raises(LDMError, match=r"There is no depth reader for .*mine: .*mine-extras/depth_reader/.*missing"):
+    with pytest.raises(
+        LDMError, match=r"There is no depth reader for .*mine: .*mine-depth-extras/.*missing"
+    ):
         load_depth_reader(tmp_path / "mine")
     with pytest.raises(LDMError, match="only it can tell depth"):
         Judge("depth", tmp_path / "mine")
@@ -131,7 +133,7 @@ def test_a_model_without_a_depth_reader_is_told_so(tmp_path):
 def test_the_depth_reader_beside_a_model_is_read(tmp_path):
     torch.manual_seed(0)
     reader = DepthReader()
-    folder = tmp_path / "mine-extras" / "depth_reader"
+    folder = tmp_path / "mine-depth-extras"
     folder.mkdir(parents=True)
     save_weights(reader.state_dict(), folder / "depth_reader.safetensors")
     found = load_depth_reader(tmp_path / "mine")
@@ -366,8 +368,8 @@ def test_an_embedded_controlnet_is_the_same_network_in_diffusers(kind):
 def test_an_embedded_controlnet_leads(kind):
     folder_of(kind)
     pipe = loading.load("scenes")
-    if kind == "depth" and not (pipe.folder.with_name("scenes-extras") / "depth_reader").is_dir():
-        pytest.skip("weights/scenes-extras/depth_reader isn't there yet")
+    if kind == "depth" and not pipe.folder.with_name("scenes-depth-extras").is_dir():
+        pytest.skip("weights/scenes-depth-extras isn't there")
     net = loading.load_controlnet(f"scenes-{kind}", pipe)
     found = evaluate_control(pipe, net, kind, load_checker(pipe.folder), 3, batch=3, steps=12)
     scores = {name: round(agreement.score, 3) for name, agreement in found.items()}
@@ -385,8 +387,8 @@ def test_an_embedded_controlnet_leads(kind):
 
 def test_the_embedded_depth_reader_reads_true_pictures():
     model = ldm.load("scenes").folder
-    if not (model.with_name("scenes-extras") / "depth_reader").is_dir():
-        pytest.skip("weights/scenes-extras/depth_reader isn't there yet")
+    if not model.with_name("scenes-depth-extras").is_dir():
+        pytest.skip("weights/scenes-depth-extras isn't there")
     judges, found = Judge("depth", model), Agreement()
     pictures = [scenes.render(scene) for scene in held_out(8)]
     judges(shown(pictures), [judges.condition(picture) for picture in pictures], found)

@@ -105,6 +105,18 @@ def test_the_vae_s_attention_may_have_its_old_names(models, folder):
     assert draws_what_the_plain_folder_draws(models, folder)
 
 
+def test_a_depth_estimator_takes_part_with_its_feature_extractor(folder, capsys):
+    parts = {
+        "depth_estimator": ["transformers", "DPTForDepthEstimation"],
+        "feature_extractor": ["transformers", "DPTImageProcessor"],
+        "watermarker": ["x", "W"],
+    }
+    rewrite(folder / "model_index.json", **parts)
+    capsys.readouterr()
+    ldm.load(folder)
+    assert capsys.readouterr().err == f"{folder}: watermarker takes no part in drawing and is passed over.\n"
+
+
 def test_parts_that_take_no_part_in_drawing_are_passed_over_with_a_line(models, folder, capsys):
     index = {
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
@@ -313,6 +325,14 @@ BROKEN = {
     "a UNet for no known task": (
         config("unet", in_channels=10),
         "takes 10 channels and returns 4, the VAE's latents have 4: these",
+    ),
+    "a UNet that returns no latents": (
+        config("unet", out_channels=8),
+        "takes 4 channels and returns 8, the VAE's latents have 4: these",
+    ),
+    "an upscaler of noise levels without their schedule": (
+        config("unet", in_channels=7, num_class_embeds=10),
+        "the UNet upscales, which takes noise levels .num_class_embeds. and a low_res_scheduler",
     ),
     "an upscaler without its schedule": (
         config("unet", in_channels=7),

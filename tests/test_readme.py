@@ -26,7 +26,7 @@ def test_the_pictures_of_the_readme_are_led_by_the_picture(tmp_path, monkeypatch
     block = re.search(r"<!-- steer -->\s*```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
     made = {"ldm": ldm, "pipe": ldm.load(SCENES)}
     exec(compile(block, "README.md", "exec"), made)
-    green, house, night = (np.asarray(made[name].images[0]).astype(int) for name in ("green", "house", "night"))
+    house, night = (np.asarray(made[name].images[0]).astype(int) for name in ("house", "night"))
     boat = picture.image.astype(int)
     wanted = edges_of([Image.fromarray(picture.image)])
     alone = made["pipe"]("a green boat at sunset on sand").images

@@ -594,6 +594,8 @@ def test_latents_are_enlarged_and_refined_by_the_strength(pipe):
     assert large.shape == (2, 4, 8, 12) and torch.equal(large, pictures.enlarge(small.x0, 8, 12))
     assert_close(pictures.enlarge(torch.full((1, 4, 5, 5), 0.7), 9, 13), torch.full((1, 4, 9, 13), 0.7), 1e-6)
     assert_close(torch.nn.functional.avg_pool2d(large, 2), small.x0, small.x0.abs().max().item(), at_least=0.1)
+    ramp = pictures.enlarge(torch.arange(8.0).expand(1, 4, 8, 8), 16, 24)[..., 6:-6]
+    assert_close(ramp.diff(dim=3), torch.full((1, 4, 16, 11), 1 / 3), 1e-5)  # between positions, not their repetition
     correlation = np.corrcoef(torch.nn.functional.avg_pool2d(large, 2).flatten(), small.x0.flatten())[0, 1]
     assert correlation > 0.9
     run = pipe.prepare([PROMPT, OTHERS[0]], image=large, strength=0.6, steps=5, seed=5, sampler="ddim")

@@ -456,17 +456,13 @@ def test_the_depth_reader_learns(train, tmp_path):
     assert losses[-1] < 0.8 * losses[0], losses
 
 
-@pytest.mark.parametrize("where", ["depth-reader", "depth_reader"])
-def test_export_carries_the_depth_reader_of_the_run_or_of_older_extras(tmp_path, where):
+def test_a_depth_reader_is_written_in_half_precision_beside_the_model(tmp_path):
     torch.manual_seed(0)
     reader = depth_reader.DepthReader()
-    (tmp_path / where).mkdir()
-    target = tmp_path / "mine-extras" / "depth_reader"
-    target.parent.mkdir()
-    export.export_depth_reader(tmp_path, target)
-    assert not target.exists()  # there is none yet
-    depth_reader.save_weights(reader.state_dict(), tmp_path / where / "depth_reader.safetensors")
-    export.export_depth_reader(tmp_path, target)
+    target = tmp_path / "mine-depth-extras"
+    (tmp_path / "depth-reader").mkdir()
+    depth_reader.save_weights(reader.state_dict(), tmp_path / "depth-reader" / "depth_reader.safetensors")
+    export.export_depth_reader(tmp_path / "depth-reader", target)
     with safe_open(target / "depth_reader.safetensors", "pt") as tensors:
         assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}
     found = load_depth_reader(Path(tmp_path / "mine"))

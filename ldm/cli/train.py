@@ -42,9 +42,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     add_stage(
         stages.add_parser("all", help="all of these, in this order", description="Train everything, in order."), "all"
     )
-    add_stage(
-        stages.add_parser("depth-reader", help=DEPTH_READER, description=f"Train {DEPTH_READER}."), "depth-reader"
-    )
+    add_depth_reader(stages.add_parser("depth-reader", help=DEPTH_READER, description=f"Train {DEPTH_READER}."))
     add_controlnet(stages.add_parser("controlnet", help=CONTROLNET, description=f"Train {CONTROLNET}."))
     add_export(stages.add_parser("export", help="put the trained parts together as a model folder"))
 
@@ -85,6 +83,13 @@ def add_stage(p: argparse.ArgumentParser, stage: str) -> None:
             metavar="NAME",
             help="the UNet's folder in the run, to try several (default: unet)",
         )
+
+
+def add_depth_reader(p: argparse.ArgumentParser) -> None:
+    add_stage(p, "depth-reader")
+    p.add_argument(
+        "--to", metavar="DIR", help="write it there in half precision, too: NAME-depth-extras beside a model"
+    )
 
 
 def add_controlnet(p: argparse.ArgumentParser) -> None:
@@ -150,7 +155,7 @@ def train_stage(stage: str, folder: Path, args: argparse.Namespace, device: str)
             raise LDMError(
                 f"{folder} has no trained {other} yet, which {stage} needs: `ldm train {other} --run {folder}`."
             )
-    from ldm.train.export import check_controlnet_place, export_controlnet
+    from ldm.train.export import check_controlnet_place, export_controlnet, export_depth_reader
 
     module = importlib.import_module(f"ldm.train.{stage.replace('-', '_')}")
     names = [field.name for field in fields(module.Recipe) if field.name != "device"]
@@ -161,6 +166,8 @@ def train_stage(stage: str, folder: Path, args: argparse.Namespace, device: str)
     module.train(folder, recipe, **({"name": args.name} if stage == "unet" else {}))
     if stage == "controlnet" and args.to:
         export_controlnet(folder / f"controlnet-{recipe.condition}" / "controlnet", Path(args.to))
+    if stage == "depth-reader" and args.to:
+        export_depth_reader(folder / stage, Path(args.to))
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -55,8 +55,8 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def load_depth_reader(model: Path) -> DepthReader:
-    """The depth reader that travels beside an embedded model, in `<model>-extras/depth_reader`."""
-    path = model.with_name(model.name + "-extras") / "depth_reader" / "depth_reader.safetensors"
+    """The depth reader that travels beside an embedded model's ControlNet of depth, in `<model>-depth-extras`."""
+    path = model.with_name(model.name + "-depth-extras") / "depth_reader.safetensors"
     if not path.exists():
         raise LDMError(f"There is no depth reader for {model}: {path} is missing, and only it can tell depth.")
     with blank():

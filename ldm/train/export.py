@@ -83,16 +83,14 @@ def export(run: Path, target: Path, defaults: dict, name: str = "unet") -> None:
         (new / "checker").mkdir()
         tensors = {key: tensor.clone() for key, tensor, _ in read_tensors(run / "checker" / "checker.safetensors")}
         save_weights(tensors, new / "checker" / "checker.safetensors", torch.float16)
-        export_depth_reader(run if (run / "depth-reader").exists() else extras, new / "depth_reader")
         keep_card(extras, new)
 
 
 def export_depth_reader(source: Path, target: Path) -> None:
-    """Write the depth reader of a run's folder, or of older extras, as `target`, in fp16; nothing if there is none."""
-    found = sorted(source.glob("depth[-_]reader/depth_reader.safetensors"))
-    if found:
-        target.mkdir(exist_ok=True)
-        tensors = {name: tensor.clone() for name, tensor, _ in read_tensors(found[0])}
+    """Write a trained depth reader into the folder `target`, in fp16; what else is there stays."""
+    if leads():
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.clone() for name, tensor, _ in read_tensors(source / "depth_reader.safetensors")}
         save_weights(tensors, target / "depth_reader.safetensors", torch.float16)
 
 
