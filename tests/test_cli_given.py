@@ -220,7 +220,7 @@ WAYS = {
         ["--control", "canny@NET:photo.png:0.8:0:0.5"],
         lambda p, n, o: p(HOUSE, control=Control(n, canny(photo()), 0.8, 0.0, 0.5)), {},
     ),
-    "a guess": (
+    "guess": (
         ["--control", "canny@NET:photo.png", "--guess"],
         lambda p, n, o: p(HOUSE, control=Control(n, canny(photo()), guess=True)), {"guess": True},
     ),
@@ -256,7 +256,7 @@ WAYS = {
         [*IMAGE, "--enlarge", "1.5"],
         lambda p, n, o: larger(p, 1.5, image="photo.png", strength=0.8), {"enlarge": 1.5},
     ),
-    "edges enlarged": (
+    "edges-enlarged": (
         ["--enlarge", "1.5", "--control", "canny@NET:photo.png"],
         lambda p, n, o: larger(p, 1.5, led={"control": Control(n, canny(photo()))}), {"enlarge": 1.5},
     ),

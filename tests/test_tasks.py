@@ -20,9 +20,9 @@ from tiny_tasks import TaskModels, box_mask, picture
 
 import ldm
 from ldm import conditions, pictures, tasks
+from ldm.diffusion import Prediction
 from ldm.errors import LDMError
 from ldm.noise import Noise
-from ldm.diffusion import Prediction
 from ldm.pipeline import Pipeline
 from ldm.samplers.inverse import ddim_inverse
 from ldm.scenes import draw
@@ -562,7 +562,7 @@ def test_an_upscaler_s_run_in_tiles_is_near_the_whole(task_models, guidance):
     assert torch.equal(whole.x0, default.x0) and torch.equal(whole.x0, one.x0)
     assert np.array_equal(whole.images[0], one.images[0]) and np.array_equal(whole.images[0], default.images[0])
     assert whole.images[0].size == tiled.images[0].size == (96, 64)
-    assert np.array_equal(tiled.images[0], pipe.decode(tiled.x0, tile=64)[0]), "what is drawn in tiles is decoded in them"
+    assert np.array_equal(tiled.images[0], pipe.decode(tiled.x0, tile=64)[0])  # drawn in tiles, decoded in them
     assert not np.array_equal(tiled.images[0], pipe.decode(tiled.x0)[0])
     near = ((tiled.x0 - whole.x0).square().mean().sqrt() / whole.x0.std()).item()
     assert 0.01 < near < 0.35

@@ -319,7 +319,7 @@ def test_every_batch_is_decided_by_its_step_and_belongs_together(train, base, da
     assert all(torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True))
 
     pipe, (every, _) = ldm.load(base), of_data(data)
-    edges, share = conditions_of("canny", every, data, "train"), []
+    edges, share, wordings = conditions_of("canny", every, data, "train"), [], set()
     with torch.no_grad():
         empty = pipe.text_encoder.context(pipe.tokenizer([""]).ids)
     for step, (x0, context, t, eps, condition) in enumerate(a):
@@ -331,8 +331,15 @@ def test_every_batch_is_decided_by_its_step_and_belongs_together(train, base, da
         assert noise.mean().abs() < 0.1 and 0.9 < noise.std() < 1.1 and 0.9 < eps.std() < 1.1
         assert [int(each) // 125 for each in t] == list(range(8))  # one in each eighth
         share += [torch.allclose(row, empty[0], atol=1e-5) for row in context]
+        for row, dropped, k in zip(context, share[-8:], rows, strict=True):  # its own words, in any of their wordings
+            with torch.no_grad():
+                own = pipe.text_encoder.context(pipe.tokenizer(every.captions[k]).ids)
+            found = [n for n, each in enumerate(own) if torch.allclose(row, each, atol=1e-5)]
+            assert found or dropped
+            wordings.update(found[:1])
     assert not torch.equal(a[0][3], a[1][3]) and len(share) == 32
     assert 0.1 < np.mean(share) < 0.6  # the recipe drops 0.3 of them
+    assert len(wordings) > 1
 
 
 # ---------------------------------------------------------------------------------------------- --to
@@ -411,6 +418,11 @@ def test_the_depth_reader_is_trained_logged_written_and_resumed(train, tmp_path,
     folders = [tmp_path / name / "depth-reader" for name in ("whole", "broken")]
     assert sorted(path.name for path in folders[0].iterdir()) == ["depth_reader.safetensors", "log.jsonl", "state.pt"]
     assert same_bytes(*(folder / "depth_reader.safetensors" for folder in folders))
+    state = torch.load(folders[0] / "state.pt", weights_only=True)
+    written = load_file(folders[0] / "depth_reader.safetensors")  # the mean of the last steps
+    assert written.keys() == state["ema"].keys()
+    assert all(torch.equal(tensor, state["ema"][name]) for name, tensor in written.items())
+    assert not all(torch.equal(tensor, state["reader"][name]) for name, tensor in written.items())
     lines = log(folders[0])
     assert [sorted(line) for line in lines] == [["loss", "seconds", "step"], ["held_out_error", "seconds", "step"]]
     assert [line["step"] for line in lines] == [10, 11] and all(0 < value < 100 for value in lines[1].values())
