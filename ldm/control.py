@@ -13,7 +13,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ldm.conditions import check_range, doubts, to_tensor
+from ldm.conditions import check_kind, check_range, doubts, to_tensor
 from ldm.errors import LDMError, say_on_stderr
 from ldm.guidance import Controller
 from ldm.io.pictures import as_picture
@@ -55,6 +55,8 @@ class Control:
                 f"A ControlNet runs from a share of the steps to a later one, 0 <= start < end <= 1: not from "
                 f"{self.start!r} to {self.end!r}. Leave it out, to draw without it."
             )
+        if self.kind is not None:
+            check_kind(self.kind)
         if isinstance(self.picture, Tensor) and (self.picture.dim() != 4 or self.picture.shape[1] != 3):
             raise LDMError(
                 f"The picture of a ControlNet has the shape {tuple(self.picture.shape)}; (B or 1, 3, H, W) is needed."
@@ -97,17 +99,24 @@ class Control:
         given = [
             as_picture(each, "the picture of a ControlNet") for each in one_or_each(self.picture, count, "picture")
         ]
+        if self.kind in ("canny", "scribble", None) and max(each.width for each in given) > 1.5 * width:
+            say_on_stderr(
+                f"The picture of a ControlNet is shrunk from {given[0].width} to {width} pixels across, in which thin "
+                "lines fade: make edges of a picture of the size that is drawn."
+            )
+        given = [fit(each, width, height, "The picture of a ControlNet") for each in given]
         for sentence in dict.fromkeys(s for each in given if self.kind is not None for s in doubts(self.kind, each)):
             say_on_stderr(sentence)
-        return torch.cat([to_tensor(fit(each, width, height, "The picture of a ControlNet")) for each in given])
+        return torch.cat([to_tensor(each) for each in given])
 
 
-def as_controls(given: Control | Sequence[Control]) -> list[Control]:
-    """The one or the several of them as a list. Raises LDMError for anything else."""
-    found = list(given) if isinstance(given, list | tuple) else [given]
+def as_controls(given: Control | Sequence[Control] | None) -> list[Control]:
+    """The none, the one or the several of them as a list. Raises LDMError for anything else."""
+    found = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     for each in found:
         if not isinstance(each, Control):
-            raise LDMError(f"control takes Controls, a ControlNet with its picture, not {type(each).__name__}s.")
+            what = type(each).__name__
+            raise LDMError(f"control takes Controls, a ControlNet with its picture, not a thing of type {what}.")
     return found
 
 

@@ -73,6 +73,7 @@ def load(
         defaults,
         folder,
         read_scheduler(folder / "low_res_scheduler") if (folder / "low_res_scheduler").is_dir() else None,
+        read_fields(folder / "model_index.json").get("max_noise_level"),
     )
 
 
@@ -133,9 +134,12 @@ def embedded(mark: str = "model_index.json") -> dict[str, Path]:
 
 def find_model(model: str | Path, mark: str = "model_index.json") -> Path:
     """The folder of an embedded model's name, or the folder itself. Raises LDMError if there is none."""
-    known = embedded(mark)
+    known, other = embedded(mark), embedded("config.json" if mark == "model_index.json" else "model_index.json")
     if str(model) in known:
         return known[str(model)]
+    if str(model) in other:
+        which = "a ControlNet: load_controlnet" if mark == "model_index.json" else "a whole model: load"
+        raise LDMError(f"The embedded {str(model)!r} is {which} reads it.")
     folder = Path(model)
     if folder.is_dir():
         return folder

@@ -21,10 +21,11 @@ def choose_size(width: int, height: int, trained: int, factor: int) -> tuple[int
     """The size to draw at: the given picture's own, as multiples of `factor`, if the model can be expected to."""
     shrink = min(1.0, (trained * trained / (width * height)) ** 0.5) if width * height > MOST_AREA * trained**2 else 1.0
     size = tuple(max(factor, int(shrink * side + 1e-6) // factor * factor) for side in (width, height))
-    if shrink < 1:
+    if size != (width, height):
+        many = f", many for a model of {trained}x{trained}" if shrink < 1 else ""
         say_on_stderr(
-            f"The picture's {width}x{height} pixels are many for a model of {trained}x{trained}: drawing {size[0]}x"
-            f"{size[1]}. --width and --height ask for another size."
+            f"The picture has {width}x{height} pixels{many}: drawn at {size[0]}x{size[1]}, multiples of {factor}; "
+            "--width and --height ask for another size."
         )
     return size
 
@@ -124,12 +125,19 @@ def depth_tensor(depth: object, height: int, width: int) -> Tensor:
 def extend(picture: Image.Image, left: int, top: int, right: int, bottom: int) -> tuple[Image.Image, Image.Image]:
     """A picture with room around it (pixels), and the mask of that room: what outpainting draws.
 
-    The room is filled with the picture's border, so that the model has the right colours to begin from.
+    The room is filled with the picture's border: what the VAE sees beside the picture changes the picture's own latents
+    near it, and run-on colours change them least. At most the picture's own width and height are added on a side, for
+    the model must see what it continues.
     """
     sides = (left, top, right, bottom)
     if any(not isinstance(side, int) or side < 0 for side in sides) or not any(sides):
         raise LDMError(
             f"Outpainting takes pixels for left, top, right, bottom, none below 0 and some above: not {sides}."
+        )
+    if max(left, right) > picture.width or max(top, bottom) > picture.height:
+        raise LDMError(
+            f"Outpainting by {sides} adds more on a side than the picture has ({picture.width}x{picture.height}): go "
+            "there in several steps, for the model must see what it continues."
         )
     pad = ((top, bottom), (left, right))
     wide = Image.fromarray(np.pad(np.asarray(picture), (*pad, (0, 0)), mode="edge"))

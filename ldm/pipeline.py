@@ -11,17 +11,20 @@
 Each station of the road is a method of `Pipeline`, and each part is usable alone.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm import conditions, pictures, tasks
+from ldm import pictures, tasks
 from ldm.control import Control, Seen, as_controls
 from ldm.diffusion import Prediction
 from ldm.errors import LDMError, say_on_stderr
@@ -36,6 +39,7 @@ from ldm.samplers import find_sampler
 from ldm.samplers.inverse import ddim_inverse
 from ldm.sampling import Sampler, Step
 from ldm.schedules import Level, Schedule, ScheduleConfig, alpha_bars
+from ldm.schedules.table import level_at
 from ldm.settings import Defaults, Model, Settings, choose_levels, choose_settings, whole
 from ldm.text.clip import TextEncoder
 from ldm.text.tokenizer import Tokenizer
@@ -47,8 +51,8 @@ TILE = 512  # pixels along a side of an upscaler's tiles: the size it was traine
 class Pipeline:
     """The parts of a latent diffusion model, each usable alone, and the road through them.
 
-    `tokenizer`, `text_encoder`, `unet`, `vae` are the parts; `schedule(n)` makes the table for n steps; `low_res` is an
-    upscaler's second schedule, that of the noise on its small picture.
+    `tokenizer`, `text_encoder`, `unet`, `vae` are the parts; `schedule(n)` makes the table for n steps. `low_res`,
+    of an upscaler, is the schedule of the noise on its small picture, `max_noise_level` the most it was trained on.
     """
 
     def __init__(
@@ -61,9 +65,11 @@ class Pipeline:
         defaults: Defaults = Defaults(),
         folder: Path | None = None,
         low_res: ScheduleConfig | None = None,
+        max_noise_level: int | None = None,
     ):
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
-        self.scheduler, self.defaults, self.folder, self.low_res = scheduler, defaults, folder, low_res
+        self.scheduler, self.defaults, self.folder = scheduler, defaults, folder
+        self.low_res, self.max_noise_level = low_res, max_noise_level
 
     # ------------------------------------------------------------------------------------------ the road
 
@@ -98,7 +104,9 @@ class Pipeline:
 
         options = {k: v for k, v in options.items() if k not in ("negative", "seed", "count")}
         pictured = {name: options.pop(name) for name in ("image", "mask", "depth") if name in options}
-        controls = as_controls(options.pop("control", ()))
+        if isinstance(pictured.get("depth"), np.ndarray):
+            pictured["depth"] = torch.as_tensor(pictured["depth"])
+        controls = as_controls(options.pop("control", None))
         results = [
             self(
                 settings.prompt[k],
@@ -130,7 +138,7 @@ class Pipeline:
         strength: float | None = None,
         mask: object = None,
         paste: bool = True,
-        control: Control | Sequence[Control] = (),
+        control: Control | Sequence[Control] | None = None,
         depth: object = None,
         width: int | None = None,
         height: int | None = None,
@@ -162,8 +170,9 @@ class Pipeline:
         control = as_controls(control)
         tasks.check_given(self.task, image is not None, mask is not None, depth is not None, options)
         image = tasks.open_image(image, self.vae.config.latent_channels, self.task)
-        depth = self.own_depth(image) if self.task == "depth" and depth is None else depth
-        sized = self.sizes(image, mask, control, width, height, strength)
+        depth = tasks.own_depth(self.folder, image) if self.task == "depth" and depth is None else depth
+        led = control[0].size() if control and image is None else None
+        sized = tasks.choose_sizes(self.model, image, mask, led, width, height, strength)
         settings = self.settings(prompt, **sized, **options)
         schedule, noise = self.schedule_of(settings), self.noise(settings, generator)
         small = self.vae.config.factor if self.task == "upscale" else 1
@@ -199,7 +208,7 @@ class Pipeline:
         `refine`: how often each step is corrected; the other options are those of `prepare`. With guidance, or with few
         steps, corrections may lead away from the road rather than to it: then take more steps, or guidance 1.
         """
-        if taken := {"sampler", "strength"} & options.keys():
+        if taken := {"sampler", "strength", "steps_are", "mask", "paste", "latents", "eta"} & options.keys():
             raise LDMError(
                 f"Inversion walks DDIM's road from the whole picture: leave {' and '.join(sorted(taken))} out."
             )
@@ -228,7 +237,9 @@ class Pipeline:
 
         The latent hi-res fix: a model draws large pictures best from what it has drawn at the size it knows.
         """
-        return pictures.enlarge(x0, *(max(1, round(factor * side)) for side in x0.shape[2:]))
+        if not isinstance(factor, Real) or not 1 <= factor < math.inf:
+            raise LDMError(f"The factor of an enlargement must be a number of 1 or more, not {factor!r}.")
+        return pictures.enlarge(x0, *(round(factor * side) for side in x0.shape[2:]))
 
     # ------------------------------------------------------------------------------------------ its stations
 
@@ -267,46 +278,6 @@ class Pipeline:
         method = find_sampler(settings.sampler)
         return method.step if method.eta is None else partial(method.step, eta=settings.eta)
 
-    def sizes(
-        self,
-        image: Sequence[Image.Image] | Tensor | None,
-        mask: object = None,
-        control: Sequence[Control] = (),
-        width: int | None = None,
-        height: int | None = None,
-        strength: float | None = None,
-    ) -> dict:
-        """width, height and strength, where the pictures given decide what is left open; `settings` takes them."""
-        factor = self.vae.config.factor
-        led = [each.size() for each in control] if image is None else []
-        if width is not None and height is not None:
-            own = (width, height)
-        elif isinstance(image, Tensor):
-            own = (factor * image.shape[3], factor * image.shape[2])
-        elif image is not None and self.task == "upscale":
-            own = (factor * image[0].width, factor * image[0].height)
-        elif image is not None or led:
-            own = pictures.choose_size(*(led[0] if led else image[0].size), self.default_size, factor)
-        else:
-            own = None
-        begins = image is not None and self.task not in ("upscale", "edit")
-        if begins and strength is None:
-            strength = 0.8 if mask is None else 1.0
-        elif not begins and strength is not None:
-            raise LDMError("strength says how much of a picture is drawn over: pass the picture as image (--image).")
-        width, height = pictures.complete(width, height, own, factor)
-        return {"width": width, "height": height, "strength": strength}
-
-    def own_depth(self, image: Sequence[Image.Image] | Tensor) -> Tensor:
-        """The depth (B, h, w) of the pictures, by the estimator in the model's own folder, through transformers."""
-        folder = None if self.folder is None else self.folder / "depth_estimator"
-        if folder is None or not folder.is_dir() or isinstance(image, Tensor):
-            raise LDMError(
-                "This model keeps the depth of the picture, and there is no depth_estimator in its folder: pass it as "
-                "depth (--depth), for instance of ldm.conditions.predict_depth(picture, folder)."
-            )
-        return torch.stack([conditions.predict_depth(each, folder) for each in image])
-
     @torch.no_grad()
     def begin(
         self,
@@ -331,12 +302,9 @@ class Pipeline:
             )
         like = torch.empty(shape, dtype=self.dtype, device=self.device)
         road = tasks.Road(self.vae, schedule, settings.first, noise, latents, like)
-        if self.task == "edit":
-            start = tasks.begin_editing(road, given)
-        elif self.task == "upscale":
-            bars = alpha_bars(self.low_res).double()
-            bar = float(bars[settings.noise_level])
-            start = tasks.begin_upscaling(road, given, Level(0, settings.noise_level, bar**0.5, (1 - bar) ** 0.5))
+        if self.task == "upscale":
+            bar = alpha_bars(self.low_res).double()[settings.noise_level].item()
+            start = tasks.begin_upscaling(road, given, level_at(0, settings.noise_level, bar))
         else:
             start = tasks.begin(self.task, road, given, settings.strength, nearest=settings.compat)
         finite(start.x, "the VAE's encoder")
@@ -408,10 +376,15 @@ class Pipeline:
         """Pixels along a side of the pictures the model was trained on."""
         return (self.unet.config.sample_size or 64) * self.vae.config.factor
 
+    @property
+    def model(self) -> Model:
+        """What the settings of a run must fit."""
+        noise_levels = self.unet.config.num_class_embeds or 0
+        if self.max_noise_level is not None:
+            noise_levels = min(noise_levels, self.max_noise_level + 1)
+        factor = self.vae.config.factor
+        return Model(self.scheduler, self.defaults, self.task, factor, self.default_size, noise_levels)
+
     def settings(self, prompt: str | Sequence[str], **options) -> Settings:
         """Fill in every default, and refuse with a sentence what cannot be drawn: `ldm.settings.choose_settings`."""
-        noise_levels = self.unet.config.num_class_embeds or 0
-        known = Model(
-            self.scheduler, self.defaults, self.task, self.vae.config.factor, self.default_size, noise_levels
-        )  # fmt: skip
-        return choose_settings(known, prompt, **options)
+        return choose_settings(self.model, prompt, **options)

@@ -102,7 +102,6 @@ def choose_steps(steps: int, strength: float, steps_are: str, most: int) -> int:
         return rows
     if strength and not run_of(steps, strength):
         least = math.ceil(1000 / steps) / 1000
-        least += 0.001 * (run_of(steps, least) == 0)  # floating point
         raise LDMError(
             f"Strength {strength:g} of {steps} steps is less than one step: {least:g} is the smallest that works, or "
             "0 for the picture as it is, or say that the steps are actual ones."

@@ -2,7 +2,7 @@
 
 One loop serves all tasks. A task is known by the channels that the UNet reads beyond the latent's own:
 
-    0   from words; from a picture (strength); inpainting by blending, which any model can
+    0   from words; from a picture (strength); inpainting by blending, which all but upscalers can
     1   depth: Stable Diffusion 2's depth-to-image
     3   upscale: the x4 upscaler, beside the small picture with some noise
     4   edit: InstructPix2Pix, beside the picture to be changed
@@ -14,12 +14,13 @@ Shapes: B pictures, C channels of the latent, H, W pixels, h, w positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm import pictures
+from ldm import conditions, pictures
 from ldm.diffusion import add_noise
 from ldm.errors import LDMError
 from ldm.io.pictures import as_picture
@@ -27,6 +28,7 @@ from ldm.models.vae import VAE
 from ldm.noise import Noise
 from ldm.sampling import Denoise, Sampler, Step
 from ldm.schedules import Level, Schedule
+from ldm.settings import Model
 
 TASKS = {0: "text", 1: "depth", 3: "upscale", 4: "edit", 5: "inpaint"}
 
@@ -69,6 +71,51 @@ def open_image(image: object, channels: int, task: str = "text") -> list[Image.I
     if isinstance(image, list | tuple) and not image:
         raise LDMError("image is an empty list: give one picture for all that are drawn, or one each.")
     return [as_picture(each, "image") for each in (image if isinstance(image, list | tuple) else [image])]
+
+
+def choose_sizes(
+    model: Model,
+    image: Sequence[Image.Image] | Tensor | None,
+    mask: object = None,
+    led: tuple[int, int] | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    strength: float | None = None,
+) -> dict:
+    """width, height and strength, where the pictures given decide what is left open; `settings` takes them.
+
+    `led` is the size of a ControlNet's picture, which decides where there is no other.
+    """
+    factor = model.factor
+    if width is not None and height is not None:
+        own = (width, height)
+    elif isinstance(image, Tensor):
+        own = (factor * image.shape[3], factor * image.shape[2])
+    elif image is not None and model.task == "upscale":
+        own = (factor * image[0].width, factor * image[0].height)
+    elif image is not None or led is not None:
+        own = pictures.choose_size(*(led if image is None else image[0].size), model.size, factor)
+    else:
+        own = None
+    begins = image is not None and model.task not in ("upscale", "edit")
+    if begins and strength is None:
+        strength = 0.8 if mask is None else 1.0
+    elif not begins and strength is not None:
+        if image is not None:
+            raise LDMError(f"strength has no meaning here: a model to {model.task} pictures begins from noise.")
+        raise LDMError("strength says how much of a picture is drawn over: pass the picture as image (--image).")
+    width, height = pictures.complete(width, height, own, factor)
+    return {"width": width, "height": height, "strength": strength}
+
+
+def own_depth(folder: Path | None, image: Sequence[Image.Image] | Tensor) -> list[Tensor]:
+    """The depth (h, w) of each picture, by the estimator in the model's folder, through transformers."""
+    if folder is None or not (folder / "depth_estimator").is_dir() or isinstance(image, Tensor):
+        raise LDMError(
+            "This model keeps the depth of the picture, and there is no depth_estimator in its folder: pass it as "
+            "depth (--depth), for instance of ldm.conditions.predict_depth(picture, folder)."
+        )
+    return [conditions.predict_depth(each, folder / "depth_estimator") for each in image]
 
 
 def read_given(
@@ -171,31 +218,38 @@ def begin(task: str, road: Road, given: Given, strength: float | None, nearest: 
         x0 = given.x0.expand_as(road.like).to(road.like) if given.x0 is not None else road.encode(given.image)
     eps = road.eps()
     x = road.from_noise(eps) if x0 is None else road.from_picture(x0, eps)
-    return Start(x, given.depth.expand(len(x), -1, -1, -1).to(x) if task == "depth" else None)
+    return Start(x, read_beside(task, road, given))
 
 
-def begin_inpainting(task: str, road: Road, given: Given, strength: float, nearest: bool) -> Start:
+def read_beside(task: str, road: Road, given: Given) -> Tensor | None:
+    """What a UNet for depth or for editing reads behind the latent, (B, C', h, w): the same with a mask and without.
+
+    An editor reads the mean of the picture's latents, in the VAE's own scale: so InstructPix2Pix was trained.
+    """
+    if task == "depth":
+        return given.depth.expand(len(road.like), -1, -1, -1).to(road.like)
+    if task == "edit":
+        image = given.image.expand(len(road.like), -1, -1, -1).to(road.like.device, road.vae.dtype)
+        return road.vae.posterior(image).mean.to(road.like)
+    return None
+
+
+def begin_inpainting(task: str, road: Road, given: Given, strength: float | None, nearest: bool) -> Start:
     """From noise alone at strength 1, so that nothing of what the mask covers is seen (as diffusers has it)."""
     mask = (
         pictures.latent_mask(given.mask, road.vae.config.factor, nearest)
         .expand(len(road.like), -1, -1, -1)
         .to(road.like)
     )
-    x0 = road.encode(given.image) if task == "text" or strength < 1 else None
+    x0 = road.encode(given.image) if task != "inpaint" or strength < 1 else None
     eps = road.eps()
-    x = road.from_noise(eps) if strength == 1 else road.from_picture(x0, eps)
-    if task == "text":
+    x = road.from_noise(eps) if strength in (1, None) else road.from_picture(x0, eps)
+    if task != "inpaint":
         if nearest:  # diffusers encodes the masked picture for models that don't read it, too
             road.noise(road.like)
-        return Start(x, known=(x0, eps, mask))
+        return Start(x, read_beside(task, road, given), known=(x0, eps, mask))
     masked = road.encode(given.image * (given.mask < 0.5))
     return Start(x, torch.cat([mask, masked], dim=1))
-
-
-def begin_editing(road: Road, given: Given) -> Start:
-    """From noise, beside the mean of the picture's latents, in the VAE's own scale: so InstructPix2Pix was trained."""
-    image = given.image.expand(len(road.like), -1, -1, -1).to(road.like.device, road.vae.dtype)
-    return Start(road.from_noise(road.eps()), road.vae.posterior(image).mean.to(road.like))
 
 
 def begin_upscaling(road: Road, given: Given, level: Level) -> Start:
@@ -239,8 +293,8 @@ def check_given(task: str, image: bool, mask: bool, depth: bool, options: dict) 
         raise LDMError("This model fills holes in a picture: pass image and mask (--image, --mask).")
     if mask and not image:
         raise LDMError("A mask says what of a picture is drawn anew: pass the picture as image (--image).")
-    if mask and task not in ("text", "inpaint"):
-        raise LDMError(f"A mask is given, but this model is for another task ({task}).")
+    if mask and task == "upscale":
+        raise LDMError("A mask is given, but an upscaler draws every pixel: leave it out.")
     if depth and task != "depth":
         raise LDMError(
             "This model reads no depth of its own (its UNet has no channel for it): a ControlNet may, through control."

@@ -167,6 +167,7 @@ def of_scene(kind, seed=7):
     return depth_picture(picture.depth) if kind == "depth" else Image.fromarray(picture.image)
 
 
+SQUARE = {"width": 32, "height": 32}
 IMAGE = ["--image", "photo.png"]
 
 # What is said (NET and OTHER stand for folders), the same from Python (of the pipeline and the two nets), and what the
@@ -230,7 +231,7 @@ WAYS = {
     ),
     "a scene's edges": (
         ["--control", "canny@NET:scene:7:0.9"],
-        lambda p, n, o: p(HOUSE, control=Control(n, canny(of_scene("image")), 0.9), width=32, height=32), {},
+        lambda p, n, o: p(HOUSE, control=Control(n, canny(of_scene("image").resize((32, 32), 1)), 0.9), **SQUARE), {},
     ),
     "a scene's depth": (
         ["--control", "depth@NET:scene:7", "--width", "64", "--height", "64"],
@@ -354,7 +355,7 @@ def test_outside_the_mask_every_pixel_stays_and_the_change_is_said(cli, pipe, si
     assert 0.3 < kept.mean() < 0.7 and np.array_equal(drawn[kept], original[kept])
     assert (drawn[~kept] != original[~kept]).any(axis=1).mean() > 0.9
     loose = cli("generate", HOUSE, *IMAGE, "--mask", "mask.png", "--no-paste", "--out", "b.png")
-    assert loose.err == "" and (pixels("b.png")[kept] != original[kept]).any()
+    assert "grey levels" not in loose.err and (pixels("b.png")[kept] != original[kept]).any()
 
 
 def test_outpainting_keeps_the_picture_and_fills_its_sides(cli):
@@ -712,7 +713,7 @@ def test_a_photograph_much_larger_than_the_model_is_said_once(cli):
     photo(4, 300, 150).save("large.png")
     found = cli("generate", HOUSE, "--image", "large.png", "--out", "a.png", "--count", 1)
     assert re.fullmatch(
-        r"The picture's 300x150 pixels are many for a model of 32x32: drawing 40x16. --width and.*\n", found.err
+        r"The picture has 300x150 pixels, many for a model of 32x32: drawn at 40x16, multiples of 8; .*\n", found.err
     )
     with Image.open("a.png") as image:
         assert image.size == (40, 16)
@@ -762,17 +763,24 @@ BAD = [  # words after the prompt, exit status, what the sentence says
     ([*IMAGE, "--outpaint", "1,2,3"], 2, r"--outpaint must be four numbers of pixels, .* not '1,2,3'"),
     ([*IMAGE, "--outpaint=-8,0,0,0"], 2, r"--outpaint must be four numbers"),
     ([*IMAGE, "--outpaint", "0,0,0,0"], 1, r"Outpainting takes pixels for left, top, right, bottom"),
-    (["--control", "canny:photo.png"], 1, r"no ControlNet 'tiny-canny' that travels .* canny@FOLDER:photo\.png"),
-    (["--control", "as-is:photo.png"], 1, r"There is no ControlNet 'tiny-as-is'"),
+    (["--control", "canny:photo.png"], 1, r"No ControlNet for 'canny' travels .* canny@FOLDER:photo\.png"),
+    (["--control", "as-is:photo.png"], 1, r"No ControlNet for 'as-is' travels"),
     (["--control", "cany:photo.png"], 1, r"Unknown condition 'cany': .*Did you mean 'canny'\?"),
     (["--no-paste"], 1, r"about what a mask keeps: say --mask or --outpaint"),
     (["--guess"], 1, r"are about ControlNets: say --control"),
     (["--estimator", "."], 1, r"are about ControlNets: say --control"),
-    (["--control", "depth@NET:photo.png"], 1, r"with --estimator FOLDER; .* --control as-is@NET:photo\.png"),
+    (["--control", "depth@NET:photo.png"], 1, r"with --estimator FOLDER; .* --control as-is-depth:photo\.png"),
     (["--control", "depth@NET:photo.png", "--estimator", "."], 1, r"holds no depth estimator"),
     (["--control", f"{NET}:1:0.5:0.2"], 1, r"0 <= start < end <= 1: not from 0\.5 to 0\.2"),
     (["--control", "canny@NET:none.png"], 1, r"none\.png does not exist"),
-    (["--control", "canny@NET:photo.png:1:0.5"], 1, r"photo\.png:1 does not exist"),  # an end is wanted, too
+    (["--control", "canny@NET:photo.png:1:0.5"], 2, r"START and END come together"),
+    (["--control", "canny@NET:photo.png:1e3"], 2, r"must read KIND"),
+    (["--control", "canny@NET:photo.png:0.8:"], 2, r"must read KIND"),
+    (["--control", "canny@NET:photo.png", "--estimator", "."], 1, r"tells the depth of photographs: say --control"),
+    (["--image", "photo.png", "--invert", "a house", "--eta", "1"], 1, r"leave --eta out"),
+    (["--image", "photo.png", "--outpaint", "0,0,99999,0"], 1, r"adds more on a side than the picture has"),
+    (["--image", "photo.png", "--out", "photo.png", "--overwrite"], 1, r"photo\.png is given, and would be writ"),
+    (["--image", "photo.png", "--out", "x.png", "--explain", "x.png"], 1, r"has the name of a picture that is drawn"),
     (["--control", "canny@nowhere:photo.png"], 1, r"There is no model 'nowhere'"),
     (["--control", "canny@MODEL:photo.png"], 1, r"is a whole model, not a ControlNet"),
     (["--control", "canny@FOREIGN:photo.png"], 1, r"foreign was made for another base than .*: it fits .*\(block_out"),
@@ -853,3 +861,36 @@ def test_the_help_says_what_is_white_and_how_a_control_reads(cli):
     assert "white is drawn anew, black is kept" in text and "KIND[@NET]:PICTURE[:SCALE[:START:END]]" in text
     assert all(f" {option} " in text for option in ("--image", "--strength", "--mask", "--control", "--explain"))
     assert all(kind in text for kind in KINDS)
+
+
+def test_edges_are_made_at_the_size_that_is_drawn(cli, nets):
+    """In a photograph eight times as large they would be so thin that shrinking wipes them out."""
+    board = np.kron(np.array([[60, 200], [200, 60]], np.uint8), np.ones((128, 128), np.uint8))
+    Image.fromarray(board).convert("RGB").save("large.png")
+    spec, at = f"canny@{nets[0]}:large.png", ["--width", "32", "--height", "32"]
+    cli("generate", HOUSE, "--control", spec, *at, "--out", "a.png", "--explain", "sheet.png")
+    with Image.open("sheet.png") as sheet:
+        shown = thumb(sheet.convert("RGB"), 0, 0, 1)
+    assert shown.max() == 255 and (shown > 127).mean() > 0.05
+    shrunk = canny(Image.open("large.png")).resize((32, 32), Image.Resampling.LANCZOS)
+    assert np.asarray(shrunk).max() < 128  # made at the large size, no edge would be left
+    larger = cli("generate", HOUSE, "--control", spec, *at, "--enlarge", "2", "--out", "b.png")
+    assert larger.err == ""
+
+
+@pytest.mark.parametrize(
+    "word, path, sentence",
+    [
+        ("as-is-canny", "white.png", "mostly white: the network knows white lines on black, so invert it"),
+        ("as-is-canny", "photo.png", "many colours or greys, as a photograph has"),
+        ("as-is-depth", "photo.png", "coloured: the network knows grey"),
+    ],
+)
+def test_a_finished_condition_that_looks_wrong_for_its_kind_is_said(cli, nets, word, path, sentence):
+    ImageOps.invert(canny(photo())).save("white.png")
+    found = cli("generate", HOUSE, "--control", f"{word}@{nets[0]}:{path}", "--out", "a.png")
+    assert sentence in found.err
+    canny(photo()).save("edges.png")
+    assert cli("generate", HOUSE, "--control", f"as-is-canny@{nets[0]}:edges.png", "--out", "b.png").err == ""
+    cli("generate", HOUSE, "--control", f"canny@{nets[0]}:photo.png", "--out", "c.png")
+    assert np.array_equal(pixels("b.png"), pixels("c.png"))

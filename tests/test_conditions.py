@@ -81,7 +81,7 @@ def test_canny_refuses_thresholds():
 
 def test_without_opencv(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    refused(lambda: canny(np.zeros((8, 8), np.uint8)), "OpenCV", '"ldm-from-scratch[control]"')
+    refused(lambda: canny(np.zeros((8, 8), np.uint8)), "OpenCV", "opencv-python-headless")
     refused(lambda: scribble(np.zeros((8, 8), np.uint8)), "OpenCV")
 
 
@@ -590,12 +590,15 @@ def test_the_command_refuses(cli, photos, capsys):
     refused(lambda: cli("canny", "photo.png", "--out", "edges.jpg"), ".png")
     refused(lambda: cli("canny", "photo.png", "--out", "no/edges.png"), "does not exist")
     refused(lambda: cli("canny", "none.png", "--out", "edges.png"), "none.png")
-    refused(lambda: cli("scribble", "photo.png", "--out", "edges.png", "--low", 3), "canny")
-    for words in (["cany", "photo.png", "--out", "a.png"], ["depth", "photo.png", "--out", "a.png"],
-                  ["canny", "photo.png"], ["canny", "photo.png", "--out", "a.png", "--low", "x"]):  # fmt: skip
+    out = ["photo.png", "--out", "a.png"]
+    for words in (
+        ["cany", *out], ["depth", *out], ["scribble", *out, "--low", "3"], ["canny", "photo.png"],
+        ["canny", *out, "--estimator", "."], ["canny", *out, "--low", "x"],
+    ):  # fmt: skip
         with pytest.raises(SystemExit):
             cli(*words)
-    assert "Did you mean 'canny'" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "Did you mean 'canny'" in err and "are for canny alone" in err and "is for depth alone" in err
 
 
 def test_the_commands_kinds_are_the_conditions():

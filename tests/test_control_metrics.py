@@ -22,6 +22,7 @@ from ldm.metrics import control
 from ldm.metrics.control import Agreement, Judge, correlation, edge_f1, evaluate_control, load_depth_reader, report
 from ldm.metrics.depth_reader import DepthReader
 from ldm.metrics.evaluation import QUESTIONS, held_out, load_checker
+from ldm.train.controlnet import condition_of
 
 SIDE = 128
 
@@ -121,9 +122,7 @@ def test_the_depth_reader_sees_where_a_thing_is():
 
 
 def test_a_model_without_a_depth_reader_is_told_so(tmp_path):
-    with pytest.raises(
-        LDMError, match=r"There is no depth reader for .*mine: .*mine-depth-extras/.*missing"
-    ):
+    with pytest.raises(LDMError, match=r"There is no depth reader for .*mine: .*mine-depth-extras/.*missing"):
         load_depth_reader(tmp_path / "mine")
     with pytest.raises(LDMError, match="only it can tell depth"):
         Judge("depth", tmp_path / "mine")
@@ -155,7 +154,7 @@ def shown(pictures):
 
 def test_true_pictures_have_the_edges_that_are_asked_of_them(true):
     judges, found, others = Judge("canny", None), Agreement(), Agreement()
-    wanted = [judges.condition(picture) for picture in true]
+    wanted = [condition_of(judges.kind, picture.scene, picture.image) for picture in true]
     assert wanted[0].tobytes() == conditions.canny(Image.fromarray(true[0].image)).tobytes()
     judges(shown(true), wanted, found)
     judges(shown([*true[1:], true[0]]), wanted, others)
@@ -174,7 +173,7 @@ def test_depth_is_judged_by_what_the_reader_tells(true, monkeypatch):
 
     monkeypatch.setattr(control, "load_depth_reader", lambda model: reader)
     judges, found = Judge("depth", None), Agreement()
-    wanted = [judges.condition(picture) for picture in true]
+    wanted = [condition_of(judges.kind, picture.scene, picture.image) for picture in true]
     assert wanted[0].tobytes() == conditions.depth_picture(true[0].depth).tobytes()
     judges(shown(true), wanted, found)
     assert found.scores == [pytest.approx(1, abs=1e-4), pytest.approx(1, abs=1e-4), pytest.approx(-1, abs=1e-4)]
@@ -244,9 +243,14 @@ def test_the_table_that_is_printed():
         ),
     ):
         rows = report(kind, found).splitlines()
-        assert rows[0].split() == ["true", "with"] and rows[1 : 1 + len(head)] == head
-        assert [re.split(r"  +", row) for row in rows[1 + len(head) :]] == [[q, "100.0 %", "50.0 %"] for q in QUESTIONS]
-        assert len({len(row) for row in rows}) == 1  # in columns
+        assert rows[0].split() == ["2", "pictures", "true", "with"] and rows[1 : 1 + len(head)] == head
+        table, spread = rows[: 1 + len(head) + len(QUESTIONS)], rows[1 + len(head) + len(QUESTIONS) :]
+        assert [re.split(r"  +", row) for row in table[1 + len(head) :]] == [
+            [q, "100.0 %", "50.0 %"] for q in QUESTIONS
+        ]
+        assert len({len(row) for row in table}) == 1  # in columns
+        assert spread[0] == "drawn with it, with 95 % intervals:" and len(spread) == 1 + len(QUESTIONS)
+        assert spread[1].split() == ["time", "50.0", "%", "(9.5", "to", "90.5,", "n", "=", "2)"]
     assert np.isnan(Agreement().score) and np.isnan(Agreement().error)
 
 
@@ -351,9 +355,8 @@ def test_an_embedded_controlnet_is_the_same_network_in_diffusers(kind):
     assert set(read_json(folder / "config.json")) <= known
     rng = torch.Generator().manual_seed(0)
     x, context = torch.randn(2, 4, 16, 16, generator=rng), pipe.encode(["", "a large red house on snow at night"])
-    judges = Judge("canny", None)
     pictures = [scenes.render(scene) for scene in held_out(2)]
-    seen = [judges.condition(p) if kind == "canny" else conditions.depth_picture(p.depth) for p in pictures]
+    seen = [condition_of(kind, p.scene, p.image) for p in pictures]
     seen = torch.cat([conditions.to_tensor(each) for each in seen])
     t = torch.tensor([981.0, 40.0])
     with torch.no_grad():
@@ -391,5 +394,5 @@ def test_the_embedded_depth_reader_reads_true_pictures():
         pytest.skip("weights/scenes-depth-extras isn't there")
     judges, found = Judge("depth", model), Agreement()
     pictures = [scenes.render(scene) for scene in held_out(8)]
-    judges(shown(pictures), [judges.condition(picture) for picture in pictures], found)
+    judges(shown(pictures), [condition_of(judges.kind, picture.scene, picture.image) for picture in pictures], found)
     assert found.score > 0.95 and found.error < 0.05, (found.score, found.error)

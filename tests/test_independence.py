@@ -250,7 +250,17 @@ MAY_IMPORT = {  # the folders follow the road: each station knows those before i
         "ldm.schedules",
     ),
     "ldm.network": (*ALGEBRA, "ldm.control", "ldm.guidance", "ldm.models", "ldm.schedules", "ldm.tiles"),
-    "ldm.tasks": (*ALGEBRA, "ldm.io", "ldm.models", "ldm.noise", "ldm.pictures", "ldm.sampling", "ldm.schedules"),
+    "ldm.tasks": (
+        *ALGEBRA,
+        "ldm.conditions",
+        "ldm.io",
+        "ldm.models",
+        "ldm.noise",
+        "ldm.pictures",
+        "ldm.sampling",
+        "ldm.schedules",
+        "ldm.settings",
+    ),
 }
 OF_THE_REFERENCE = {"parity.py", "depth.py"}  # the two places that may import diffusers and transformers, on use
 

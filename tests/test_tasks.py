@@ -339,14 +339,17 @@ def test_changed_outside_is_the_mean_of_grey_levels_where_the_mask_is_black():
      ((256, 64), (256, 64))],
 )  # fmt: skip
 def test_a_picture_is_drawn_at_its_own_size_in_multiples_of_8(given, drawn, capsys):
-    assert pictures.choose_size(*given, 64, 8) == drawn and capsys.readouterr().err == ""
+    assert pictures.choose_size(*given, 64, 8) == drawn
+    w, h = drawn
+    resized = f"The picture has {given[0]}x{given[1]} pixels: drawn at {w}x{h}, multiples of 8; "
+    assert capsys.readouterr().err.startswith(resized) if given != drawn else capsys.readouterr().err == ""
 
 
 def test_large_pictures_are_drawn_smaller_in_their_proportions_and_it_is_said(capsys):
     for given in ((640, 480), (129, 128), (1000, 300), (300, 900)):
         width, height = pictures.choose_size(*given, 64, 8)
         said = capsys.readouterr().err
-        assert f"{given[0]}x{given[1]} pixels are many for a model of 64x64: drawing {width}x{height}" in said
+        assert f"{given[0]}x{given[1]} pixels, many for a model of 64x64: drawn at {width}x{height}, mult" in said
         assert width % 8 == height % 8 == 0 and 0.6 * 64**2 <= width * height <= 64**2
         assert abs(width / height / (given[0] / given[1]) - 1) < 8 / min(width, height)
 
@@ -378,9 +381,9 @@ def test_the_size_drawn_is_the_picture_s_or_what_is_asked_for_in_its_proportions
     assert drawn(pipe, image=picture(1, 50, 37)) == (48, 32)
     assert drawn(pipe, image=P, width=96) == (96, 64) and drawn(pipe, image=P, height=64) == (96, 64)
     assert drawn(pipe, image=LATENTS, width=48) == (48, 32) and drawn(pipe, image=LATENTS) == (48, 32)
-    led = [SimpleNamespace(size=lambda: (40, 24)), SimpleNamespace(size=lambda: (24, 40))]
+    led = (40, 24)
     for options, size in (({}, (40, 24)), ({"width": 80}, (80, 48)), ({"image": [P], "width": 96}, (96, 64))):
-        sizes = pipe.sizes(options.pop("image", None), None, led, **options)
+        sizes = tasks.choose_sizes(pipe.model, options.pop("image", None), None, led, **options)
         assert (sizes["width"], sizes["height"]) == size
     assert drawn(task_models.ours("upscale"), image=picture(1, 9, 6)) == (36, 24)
     assert drawn(task_models.ours("upscale"), image=picture(1, 9, 6), width=72) == (72, 48)
@@ -603,7 +606,10 @@ def test_latents_are_enlarged_and_refined_by_the_strength(pipe):
     assert len(run) == 3 and torch.equal(run.x, level.alpha * large + level.sigma * eps)
     result = pipe([PROMPT, OTHERS[0]], image=large, strength=0.6, steps=5, seed=5, sampler="ddim")
     assert [image.size for image in result.images] == [(96, 64)] * 2 and result.settings.width == 96
-    assert pipe.enlarge(small.x0, 1.4).shape == (2, 4, 6, 8) and pipe.enlarge(small.x0, 0.01).shape == (2, 4, 1, 1)
+    assert pipe.enlarge(small.x0, 1.4).shape == (2, 4, 6, 8) and pipe.enlarge(small.x0, 1).shape == small.x0.shape
+    for factor in (0, 0.5, -1, float("nan"), float("inf"), "2"):
+        with pytest.raises(LDMError, match="factor of an enlargement must be a number of 1 or more, not"):
+            pipe.enlarge(small.x0, factor)
 
 
 # ------------------------------------------------------------------------------------------------ inversion
@@ -735,11 +741,10 @@ REFUSED = {  # what is asked of which model -> the sentence
     "no hole to fill": ("inpaint", {"image": P}, "fills holes in a picture: pass image and mask"),
     "a mask alone": ("sd1", {"mask": BOX}, "A mask says what of a picture is drawn anew: pass the picture"),
     "a strength alone": ("sd1", {"strength": 0.5}, "strength says how much of a picture is drawn over"),
-    "a strength to edit": ("edit", {"image": P, "strength": 0.5}, "strength says how much of a picture"),
-    "a strength to upscale": ("upscale", {"image": P, "strength": 0.5}, "strength says how much of a picture"),
-    "a mask to keep depth": ("depth", {"image": P, "depth": DEPTH, "mask": BOX}, r"is for another task \(depth\)"),
-    "a mask to edit": ("edit", {"image": P, "mask": BOX}, r"A mask is given, but .* another task \(edit\)"),
-    "a mask to upscale": ("upscale", {"image": P, "mask": BOX}, r"another task \(upscale\)"),
+    "a strength to edit": ("edit", {"image": P, "strength": 0.5}, "no meaning here: a model to edit"),
+    "a strength to upscale": ("upscale", {"image": P, "strength": 0.5}, "no meaning here: a model to upscale"),
+    "a mask to upscale": ("upscale", {"image": P, "mask": BOX}, "an upscaler draws every pixel"),
+    "more noise than an upscaler knows": ("upscale", {"image": P, "noise_level": 100}, "of 0 or more and below 100"),
     "a depth": ("sd1", {"image": P, "depth": DEPTH}, "reads no depth of its own .* a ControlNet may"),
     "no depth": ("depth", {"image": P}, r"keeps the depth of the picture.* pass it as depth \(--depth\)"),
     "a noise level": ("sd1", {"noise_level": 3}, "noise_level is given, which only a model to upscale"),
@@ -854,3 +859,57 @@ def test_settings_know_the_row_they_begin_at():
     at |= {"prompt": ("",), "negative": ("",), "seeds": (0,), "guidance": 1.0, "eta": 0.0, "width": 8, "height": 8}
     assert Settings(**at).first == 0
     assert [Settings(**at, strength=s).first for s in (0, 0.02, 0.58, 1.0)] == [50, 49, 22, 0]
+
+
+@pytest.mark.parametrize("task", ["depth", "edit"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_mask_goes_with_depth_and_with_editing(task_models, task, guidance):
+    """The UNet reads the same beside the latent as without a mask; what is kept is the picture, at every level."""
+    pipe = task_models.ours(task)
+    options = {"image": P, "steps": 4, "sampler": "dpm++2m", "guidance": guidance, "seed": 5}
+    options |= {"depth": DEPTH} if task == "depth" else {}
+    run = pipe.prepare(PROMPT, **options, mask=BOX)
+    posterior, eps = ldm.Noise.from_seeds([5]), None
+    like = torch.empty_like(run.x)
+    x0 = pipe.vae.encode(pictures.image_tensor([P]), posterior(like))
+    eps = posterior(like)
+    assert torch.equal(run.x, eps * run.schedule.start_scale)  # strength 1, or an editor: from noise alone
+    kept = pictures.latent_mask(pictures.mask_tensor([BOX]), 8)[0, 0] == 0
+    for step in run.steps():
+        level = run.schedule[step.i + 1]
+        known = x0 if step.i + 1 == len(run.schedule) else level.alpha * x0 + level.sigma * eps
+        assert torch.equal(step.x[..., kept], known[..., kept])
+        assert not torch.allclose(step.x[..., ~kept], known[..., ~kept], atol=0.1)
+    whole = pipe.prepare(PROMPT, **options | ({"strength": 1.0} if task == "depth" else {}))
+    level = run.schedule[0]
+    plain, masked = whole.denoise(run.x, level), run.denoise(run.x, level)
+    assert torch.equal(plain.eps, masked.eps)
+    drawn = np.asarray(pipe(PROMPT, **options, mask=BOX).images[0])
+    outside = np.asarray(BOX) < 128
+    assert np.array_equal(drawn[outside], np.asarray(P)[outside])
+
+
+def test_an_upscaler_s_most_noise_is_that_of_its_folder(task_models, tmp_path):
+    pipe = task_models.ours("upscale")
+    known = Pipeline(
+        pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.vae, pipe.scheduler, low_res=pipe.low_res, max_noise_level=35
+    )
+    assert known.settings("", noise_level=35).noise_level == 35
+    with pytest.raises(LDMError, match="noise_level must be a whole number of 0 or more and below 36"):
+        known.settings("", noise_level=36)
+
+
+def test_depths_of_pictures_of_many_sizes_are_each_brought_to_size(tmp_path, monkeypatch):
+    (tmp_path / "depth_estimator").mkdir()
+    monkeypatch.setattr(conditions, "predict_depth", lambda image, folder: torch.rand(image.height, image.width))
+    depths = tasks.own_depth(tmp_path, [P, P.resize((50, 33))])
+    assert [tuple(depth.shape) for depth in depths] == [(P.height, P.width), (33, 50)]
+    given = tasks.read_given([P, P.resize((50, 33))], None, depths, 2, P.size, 8)
+    assert given.depth.shape == (2, 1, P.height // 8, P.width // 8)
+
+
+def test_the_name_of_an_embedded_model_of_the_other_kind_is_said(models):
+    with pytest.raises(LDMError, match="'scenes-canny' is a ControlNet: load_controlnet reads it"):
+        ldm.load("scenes-canny")
+    with pytest.raises(LDMError, match="'scenes' is a whole model: load reads it"):
+        ldm.load_controlnet("scenes", models.ours("sd1"))

@@ -36,8 +36,8 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.cli.given import condition_of
-    from ldm.conditions import doubts, to_tensor
+    from ldm.cli.given import source_of
+    from ldm.conditions import doubts, prepare, to_tensor
 
     out = Path(args.out)
     if out.suffix.lower() != ".png":
@@ -47,7 +47,11 @@ def run(args: argparse.Namespace) -> None:
         raise LDMError(f"{out} is there already: choose another --out, or say --overwrite.")
     if args.kind == "depth" and args.estimator is None and not args.picture.startswith("scene:"):
         args.parser.error("depth of a photograph needs --estimator FOLDER, a depth network in transformers' format")
-    condition = condition_of(args.kind, args.picture, args.estimator, args.low, args.high)
+    for options, kind in ((("low", "high"), "canny"), (("estimator",), "depth")):
+        if args.kind != kind and any(getattr(args, name) is not None for name in options):
+            args.parser.error(f"--{' and --'.join(options)} {'are' if len(options) > 1 else 'is'} for {kind} alone")
+    picture, finished = source_of(args.kind, args.picture, args.estimator)
+    condition = picture if finished else prepare(args.kind, picture, args.low, args.high)
     for doubt in doubts(args.kind, condition):
         say_on_stderr(doubt)
     with atomic_file(out) as file:
@@ -55,6 +59,6 @@ def run(args: argparse.Namespace) -> None:
     x = to_tensor(condition)
     print(out)
     print(
-        f"the network gets {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}, from {x.min():g} to {x.max():g}, "
+        f"at this size the network gets {tuple(x.shape)} float32, from {x.min():g} to {x.max():g}, "
         f"mean {x.mean():.4f}, {(x > 0.5).float().mean():.2%} above one half"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import given
+from ldm.cli.draw import draw, explain
 from ldm.cli.inside import SHEET, Inside, other_run
 from ldm.cli.options import LEVELS, SEED, add_levels, add_model_options, open_model, progress, real, said, whole
 from ldm.cli.plan import Job, batches, make_folder, obstacle, plan, prepare, prepare_sheet, read_prompts
@@ -93,14 +94,12 @@ def run(args: argparse.Namespace) -> None:
         make_folder(Path(args.save_steps))
     if args.explain:
         prepare_sheet(Path(args.explain), "explains", args.overwrite)
+    check_places(args, [job.path for job in jobs])
     drawing = Drawing(args)
     drawing.check(jobs[0])
     if args.explain:
-        save_png(
-            given.explain(drawing.given, drawing.settings(jobs[0])),
-            args.explain,
-            {"explains": drawing.given.words()},
-        )
+        sheet = explain(drawing.given, drawing.settings(jobs[0]))
+        save_png(sheet, args.explain, {"explains": drawing.given.words()})
         print(args.explain)
     waiting = drawing.waiting(jobs)
     if len(waiting) < len(jobs):
@@ -108,6 +107,17 @@ def run(args: argparse.Namespace) -> None:
         print(f"{drawn} drawn already.", file=sys.stderr)
     if waiting:
         drawing.draw_all(batches(waiting, 1 if args.one_by_one else args.batch))
+
+
+def check_places(args: argparse.Namespace, pictures: list[Path]) -> None:
+    """Refuse to write over what is read, or one thing over another."""
+    written = [path.resolve() for path in pictures]
+    explained = Path(args.explain).resolve() if args.explain else None
+    if explained in written:
+        raise LDMError(f"--explain {args.explain} has the name of a picture that is drawn: choose another.")
+    for path in given.files(given.wishes(args)):
+        if path in written or path == explained:
+            raise LDMError(f"{path.name} is given, and would be written over: choose another --out.")
 
 
 def wanted(args: argparse.Namespace) -> list[str]:
@@ -197,13 +207,13 @@ class Drawing:
                 each.add(image, step.level)
             bar.update()
 
-        result = given.draw(
+        result = draw(
             self.pipe, group[0].prompt, self.given, watch, seed=group[0].seed, count=len(group),
             clip_skip=self.args.clip_skip, **self.options,
         )  # fmt: skip
         for each in inside:
             each.finish()
-        if result.changed:
+        if any(result.changed):
             level = sum(result.changed) / len(result.changed)
             kept = f"the model had changed the pixels to be kept by {level:.1f} grey levels of 255 on average"
             print(f"Outside the mask {kept}; the picture's own are put back.", file=sys.stderr)

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,24 +12,24 @@ from ldm.errors import LDMError
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
 
     from ldm.control import Control
+    from ldm.models.controlnet import ControlNet
     from ldm.pipeline import Pipeline
-    from ldm.run import Result, Run
-    from ldm.sampling import Step
     from ldm.settings import Settings
 
 HELP = """pictures given:
   --image photo.png                   begin from it; --strength says how much of it is drawn over
-  --mask mask.png                     draw anew where this is white; every other pixel stays as it is, bit for bit
-  --outpaint 0,32,0,32                draw so many pixels more at the left, top, right and bottom of --image
+  --mask mask.png                     draw anew where this is white; all other pixels are put back, bit for bit as
+                                      they are at the size drawn (multiples of 8)
+  --outpaint 0,32,0,32                draw so many pixels more at the left, top, right and bottom of --image; best on
+                                      one side at a time, and with words that tell of the whole picture
   --control canny:photo.png:0.8       let a ControlNet see the edges of a photograph; may be given several times:
                                       KIND[@NET]:PICTURE[:SCALE[:START:END]]. KIND is made of the picture (canny,
-                                      scribble, segmentation, pose, depth@... with --estimator), or is `as-is` for a
-                                      picture that is a condition already. NET is a ControlNet's folder or name;
-                                      left out, it is the embedded model's own (canny, depth).
-  --image scene:7                     instead of a file, anywhere: scene 7 of the embedded model's world
+                                      scribble, segmentation, pose, depth with --estimator); as-is-KIND says that the
+                                      picture is one already. NET is a ControlNet's folder or name; left out, it is
+                                      the embedded model's own (canny, depth).
+  --image scene:7                     instead of a photograph: scene 7 of the embedded model's world
   --explain sheet.png                 show what the model is given: the picture, what of it is drawn anew, conditions
 """
 AS_IS = "as-is"
@@ -84,14 +83,16 @@ def control(text: str) -> dict:
     outer = SPEC.fullmatch(text)
     inner = outer and NUMBERS.fullmatch(outer["rest"])
     try:
-        if inner is None:
+        tail = inner and re.search(r":[\d.e+-]*$", inner["picture"]) and not inner["picture"].startswith("scene:")
+        if inner is None or (tail and not Path(inner["picture"]).exists()):
             raise ValueError
         scale, start, end = (
             float(inner[name] or default) for name, default in (("scale", 1), ("start", 0), ("end", 1))
         )
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"must read KIND[@NET]:PICTURE[:SCALE[:START:END]], like canny:photo.png:0.8, not {text!r}"
+            "must read KIND[@NET]:PICTURE[:SCALE[:START:END]], like canny:photo.png:0.8 or canny:photo.png:0.8:0:0.5 "
+            f"(START and END come together), not {text!r}"
         ) from None
     named = {"kind": outer["kind"], "net": outer["net"], "picture": inner["picture"]}
     return named | {"scale": scale, "start": start, "end": end, "text": text}
@@ -140,14 +141,26 @@ class Given:
     wish: dict
     options: dict = field(default_factory=dict)  # for `Pipeline.prepare`
     hashes: dict = field(default_factory=dict)
+    led: "list[Led]" = field(default_factory=list)
+
+    def lead(self, width: int, height: int) -> None:
+        """Make the conditions for a drawing of that size."""
+        if self.led:
+            self.options["control"] = [each.at(width, height) for each in self.led]
+            self.hashes["control"] = [
+                {name: each.wish[name] for name in ("kind", "scale", "start", "end")}
+                | {"picture": hash_of(control.picture), "net": each.net_hash}
+                for each, control in zip(self.led, self.options["control"], strict=True)
+            ]
 
     @property
     def refine(self) -> float:
         return self.wish.get("refine", 0.6)
 
     def record(self) -> dict:
-        """What decides the picture: everything but where the pictures lie."""
-        said = {name: value for name, value in self.wish.items() if name not in ("image", "mask", "depth", "control")}
+        """What decides the picture: everything but where the pictures lie, and what reads them."""
+        places = ("image", "mask", "depth", "control", "estimator")
+        said = {name: value for name, value in self.wish.items() if name not in places}
         return said | self.hashes
 
     def words(self) -> list[str]:
@@ -169,6 +182,12 @@ class Given:
         """How many steps are taken for a picture: after an inversion, or before a refinement, all of them."""
         inverted = settings.steps if "invert" in self.wish else 0
         return inverted + settings.steps - settings.first + self.refined(settings)
+
+
+def files(wish: dict) -> list[Path]:
+    """The files that a command reads as pictures."""
+    named = [wish[name] for name in ("image", "mask", "depth") if name in wish]
+    return [Path(name).resolve() for name in (*named, *(each["picture"] for each in wish.get("control", ())))]
 
 
 def check_wishes(wish: dict, task: str) -> None:
@@ -195,6 +214,9 @@ def check_wishes(wish: dict, task: str) -> None:
         ),
         "--guess and --estimator are about ControlNets: say --control, or leave them out.": (
             said & {"guess", "estimator"} and "control" not in said
+        ),
+        "--estimator tells the depth of photographs: say --control depth@NET:PICTURE, or leave it out.": (
+            {"estimator", "control"} <= said and not any(each["kind"] == "depth" for each in wish["control"])
         ),
         f"--enlarge and --invert need a model that draws from words; this one is for {task}.": (
             said & {"enlarge", "invert"} and task != "text"
@@ -225,20 +247,21 @@ def open_given(wish: dict, pipe: "Pipeline", model: str) -> Given:
             given.hashes[name] = hash_of(given.options[name])
     given.options |= {"tile": wish["tile"]} if "tile" in wish else {}
     given.options |= {"paste": False} if "no_paste" in wish else {}
-    if "control" in wish:
-        controls = [open_control(each, wish, pipe, model) for each in wish["control"]]
-        given.options["control"] = [each for each, _ in controls]
-        given.hashes["control"] = [told for _, told in controls]
+    given.led = [open_control(each, wish, pipe, model) for each in wish.get("control", ())]
     return given
 
 
 def sized(given: Given, pipe: "Pipeline", options: dict) -> dict:
     """The options, with the size and strength that the pictures given decide."""
+    from ldm.tasks import choose_sizes
+
     image = None if "image" not in given.options else [given.options["image"]]
     asked = (options.get(name) for name in ("width", "height", "strength"))
-    found = pipe.sizes(image, given.options.get("mask"), given.options.get("control", ()), *asked)
+    led = given.led[0].picture.size if given.led and image is None else None
+    found = choose_sizes(pipe.model, image, given.options.get("mask"), led, *asked)
+    given.lead(found["width"], found["height"])
     if "invert" in given.wish:  # that begins from noise
-        idle = [name for name in ("strength", "steps_are") if name in options]
+        idle = [name for name in ("strength", "steps_are", "eta") if name in options]
         if idle or options.get("sampler", "ddim") != "ddim":
             name = (idle or ["sampler"])[0].replace("_", "-")
             raise LDMError(f"--invert goes all the way up to noise and back by DDIM: leave --{name} out.")
@@ -269,106 +292,76 @@ def hash_of(image: "Image.Image") -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
 
 
-def open_control(wish: dict, all_wishes: dict, pipe: "Pipeline", model: str) -> "tuple[Control, dict]":
-    """One --control: the ControlNet with its condition, and what the record tells of it."""
-    from ldm.conditions.checks import check_kind
-    from ldm.control import Control
+@dataclass(frozen=True)
+class Led:
+    """One --control, opened: its ControlNet, and the picture that its condition is made of, or that is one already."""
+
+    wish: dict
+    net: "ControlNet"
+    net_hash: str
+    picture: "Image.Image"
+    finished: bool
+    guess: bool
+
+    def at(self, width: int, height: int) -> "Control":
+        """The control of a drawing of that size. Edges are found there: in a larger picture they would be too thin."""
+        from ldm.conditions import prepare
+        from ldm.control import Control
+        from ldm.pictures import fit
+
+        picture, kind = self.picture, kind_of(self.wish["kind"])
+        if not self.finished:
+            picture = prepare(kind, fit(picture, width, height, "The picture of a ControlNet"))
+        return Control(self.net, picture, self.wish["scale"], self.wish["start"], self.wish["end"], self.guess, kind)
+
+
+def kind_of(word: str) -> str | None:
+    """The kind of condition that a --control speaks of; None for a finished one of no named kind."""
+    kind = word.removeprefix(AS_IS).removeprefix("-") if word.startswith(AS_IS) else word
+    return kind or None
+
+
+def open_control(wish: dict, all_wishes: dict, pipe: "Pipeline", model: str) -> Led:
+    """The ControlNet and the picture of one --control. Raises LDMError for an unknown kind, net or picture."""
+    from ldm.conditions import check_kind
     from ldm.io.folders import folder_hash
     from ldm.loading import embedded, find_model, load_controlnet
 
-    kind, net = wish["kind"], wish["net"]
-    if kind != AS_IS:
+    kind, net = kind_of(wish["kind"]), wish["net"]
+    if kind is not None:
         check_kind(kind)
     if net is None:
         net = f"{Path(model).name}-{kind}"
-        if net not in embedded("config.json"):
+        if kind is None or net not in embedded("config.json"):
             raise LDMError(
-                f"There is no ControlNet {net!r} that travels with ldm: name one, "
-                f"--control {kind}@FOLDER:{wish['picture']}."
+                f"No ControlNet for {wish['kind']!r} travels with this model: name one, "
+                f"--control {wish['kind']}@FOLDER:{wish['picture']}."
             )
     loaded = load_controlnet(net, pipe)
-    picture = condition_of(kind, wish["picture"], all_wishes.get("estimator"))
-    control = Control(
-        loaded, picture, wish["scale"], wish["start"], wish["end"], all_wishes.get("guess", False),
-        None if kind == AS_IS else kind,
-    )  # fmt: skip
-    told = {name: wish[name] for name in ("kind", "scale", "start", "end")}
-    return control, told | {"picture": hash_of(picture), "net": folder_hash(find_model(net, "config.json"))}
+    picture, finished = source_of(wish["kind"], wish["picture"], all_wishes.get("estimator"))
+    net_hash = folder_hash(find_model(net, "config.json"))
+    return Led(wish, loaded, net_hash, picture, finished, all_wishes.get("guess", False))
 
 
-def condition_of(
-    kind: str, source: str, estimator: str | None = None, low: float | None = None, high: float | None = None
-) -> "Image.Image":
-    """The condition that a picture is made into; a line on stderr if it looks as if it had been, already."""
+def source_of(word: str, source: str, estimator: str | None = None) -> "tuple[Image.Image, bool]":
+    """The picture that a condition is made of, and whether it is one already; a line on stderr if it only looks so.
+
+    Edges are made later, at the size that is drawn; depth, classes and poses at once.
+    """
     from ldm.conditions import already_processed, prepare
     from ldm.errors import say_on_stderr
 
-    if kind == AS_IS or (kind == "depth" and source.startswith("scene:")):
-        return picture_of(source, kind)
+    kind = kind_of(word)
+    if word.startswith(AS_IS) or (kind == "depth" and source.startswith("scene:")):
+        return picture_of(source, kind), True
     if kind == "depth" and estimator is None:
         raise LDMError(
             "--control depth makes depth of a photograph with --estimator FOLDER; a picture that is depth already is "
-            f"--control as-is@NET:{source}."
+            f"--control as-is-depth:{source}."
         )
-    made_of = source if kind in ("segmentation", "pose") else picture_of(source)  # once: it may have remarks to make
-    for sentence in already_processed(kind, made_of) if kind in ("canny", "scribble") else ():
-        say_on_stderr(f"{source}: {sentence}")
-    return prepare(kind, made_of, low, high, estimator if kind == "depth" else None)
-
-
-def draw(pipe: "Pipeline", prompt: str, given: Given, watch: "Callable[[Step | None], None]", **options) -> "Result":
-    """Draw with what was given: after an inversion, or refined after enlarging, if that was wished.
-
-    `watch` is called with every step of the drawing, and with None for those of an inversion.
-    """
-    pictures = dict(given.options)
-    if "invert" in given.wish:
-        downwards = ("guidance", "sampler", "eta", "negative", "strength")  # of the way back
-        same = {name: value for name, value in options.items() if name not in downwards}
-        upwards = pipe.prepare_inversion(pictures.pop("image"), given.wish["invert"], **same)
-        options["latents"] = watched(upwards, lambda step: watch(None)) / upwards.schedule.start_scale
-    run = pipe.prepare(prompt, **pictures, **options)
-    x = watched(run, watch)
-    if "enlarge" in given.wish:
-        large = pipe.enlarge(x, given.wish["enlarge"])
-        led = {name: value for name, value in pictures.items() if name in ("control", "tile")}
-        options = {name: value for name, value in options.items() if name not in ABOUT_THE_FIRST}
-        run = pipe.prepare(prompt, image=large, strength=given.refine, **led, **options)
-        x = watched(run, watch)
-    return run.finish(x)
-
-
-def watched(run: "Run", watch: "Callable[[Step | None], None]") -> "Tensor":
-    """Take the steps of a run; the last latent, which is the first one where there are none."""
-    x = run.x
-    for step in run.steps():
-        watch(step)
-        x = step.x
-    return x
-
-
-def explain(given: Given, settings: "Settings") -> "Image.Image":
-    """What the model is given, on a sheet: the picture, what of it is drawn anew, conditions as their nets see them."""
-    from PIL import Image, ImageOps
-
-    from ldm.cli.inside import contact_sheet
-    from ldm.pictures import fit
-
-    width, height, shown = settings.width, settings.height, []
-    image, mask = given.options.get("image"), given.options.get("mask")
-    if image is not None:
-        scale = "" if image.size == (width, height) else f", of {image.width}x{image.height}"
-        shown.append((image, f"image{scale}"))
-    if mask is not None:
-        red = Image.blend(image, Image.new("RGB", image.size, "red"), 0.6)
-        new = mask.point(lambda value: 255 * (value >= 128))
-        share = sum(new.histogram()[128:]) / (mask.width * mask.height)
-        shown.append((Image.composite(red, image, new), f"red: drawn anew ({share:.0%})"))
-    if "depth" in given.options:
-        shown.append((given.options["depth"], "depth, near is white"))
-    for each in given.options.get("control", ()):
-        span = "" if (each.start, each.end) == (0, 1) else f", from {each.start:g} to {each.end:g}"
-        shown.append((fit(each.picture, width, height), f"{each.kind or 'condition'}, scale {each.scale:g}{span}"))
-    if not shown:
-        raise LDMError("--explain shows the pictures that the model is given, and none is.")
-    return contact_sheet([(ImageOps.contain(picture, (256, 256)), label) for picture, label in shown])
+    if kind in ("canny", "scribble"):
+        picture = picture_of(source)
+        for sentence in already_processed(kind, picture):
+            say_on_stderr(f"{source}: {sentence} A finished condition is --control as-is-{kind}:{source}.")
+        return picture, False
+    return prepare(kind, source, estimator=estimator), True

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import given
+from ldm.cli.draw import draw
 from ldm.cli.generate import SETTINGS
 from ldm.cli.options import DTYPES, add_device, find_device, open_model, progress
 from ldm.cli.plan import prepare_file
@@ -74,6 +75,7 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
     options = {name: old[name] for name in ("seed", *SETTINGS) if name != "steps_are"}  # the steps are in total here
     wish = given.read_words(old["pictures"], args.picture)
     opened = given.open_given(wish, pipe, args.model or old["model"])
+    opened.lead(old["width"], old["height"])
     now = opened.record()
     for name in {**now, **old["given"]}:
         if now.get(name) != old["given"].get(name):
@@ -84,9 +86,7 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
     with progress(opened.total(settings)) as bar:
         bar.set_description("drawing again")
         bar.clear()
-        result = given.draw(
-            pipe, old["prompt"], opened, lambda step: bar.update(), clip_skip=old["clip_skip"], **options
-        )
+        result = draw(pipe, old["prompt"], opened, lambda step: bar.update(), clip_skip=old["clip_skip"], **options)
     name = args.model or old["model"]
     record = make_record(pipe, name, model_hash(), settings, old["clip_skip"], batch=1, given=opened)
     return result.images[0], record | {"pixels": pixel_hash(result.images[0])}

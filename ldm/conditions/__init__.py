@@ -19,8 +19,8 @@ from ldm.errors import LDMError
 from ldm.io.pictures import Source, as_picture
 
 __all__ = [
-    "CONDITIONS", "already_processed", "canny", "check_range", "depth_picture", "doubts", "estimate_depth", "pose",
-    "predict_depth", "prepare", "read_pose", "scribble", "segmentation", "to_tensor",
+    "CONDITIONS", "already_processed", "canny", "check_kind", "check_range", "depth_picture", "doubts",
+    "estimate_depth", "pose", "predict_depth", "prepare", "read_pose", "scribble", "segmentation", "to_tensor",
 ]  # fmt: skip
 
 CONDITIONS: dict[str, Callable[..., Image.Image]] = {

@@ -48,5 +48,5 @@ def _opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise LDMError('Edges need OpenCV: python -m pip install "ldm-from-scratch[control]".') from error
+        raise LDMError("Edges need OpenCV: python -m pip install opencv-python-headless.") from error
     return cv2

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm import conditions, scenes
 from ldm.control import Control
@@ -25,6 +26,8 @@ from ldm.metrics.evaluation import QUESTIONS, Share, batches, held_out, judge, t
 from ldm.models.controlnet import ControlNet
 from ldm.pictures import image_tensor
 from ldm.pipeline import Pipeline
+from ldm.train.controlnet import condition_of
+from ldm.train.data import tiled
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -90,12 +93,6 @@ class Judge:
     def __init__(self, kind: str, model: Path):
         self.kind, self.reader = kind, load_depth_reader(model) if kind == "depth" else None
 
-    def condition(self, picture: scenes.Picture) -> Image.Image:
-        """What the ControlNet is shown of a true scene."""
-        if self.kind == "depth":
-            return conditions.depth_picture(picture.depth)
-        return conditions.canny(Image.fromarray(picture.image))
-
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], wanted: list[Image.Image], into: Agreement) -> None:
         asked = torch.stack([torch.from_numpy(np.array(each)[..., 0]) for each in wanted])  # (B, H, W) uint8
@@ -119,7 +116,7 @@ def evaluate_control(
     for part in batches(held_out(count), batch, f"with and without {kind}"):
         first = len(found["with"].scores)
         pictures = [scenes.render(scene) for scene in part]
-        wanted = [judges.condition(picture) for picture in pictures]
+        wanted = [condition_of(kind, picture.scene, picture.image) for picture in pictures]
         captions = [scenes.caption(scene, scene.seed, full=True) for scene in part]
         true = [Image.fromarray(picture.image) for picture in pictures]
         x = image_tensor(true).to(pipe.device, pipe.dtype)
@@ -137,8 +134,9 @@ def evaluate_control(
 
 def report(kind: str, found: dict[str, Agreement]) -> str:
     """The table that `ldm evaluate --control` prints."""
-    names = list(found)
-    lines = [" " * 28 + "".join(f"{name:>10s}" for name in names)]
+    names, count = list(found), len(found["with"].scores)
+    shares = {name: found[name].shares() for name in names}
+    lines = [f"{count} pictures".ljust(28) + "".join(f"{name:>10s}" for name in names)]
 
     def row(title: str, values: list[str]) -> None:
         lines.append(f"{title:28s}" + "".join(f"{value:>10s}" for value in values))
@@ -148,23 +146,19 @@ def report(kind: str, found: dict[str, Agreement]) -> str:
     else:
         row("depth, correlation", [f"{found[name].score:.3f}" for name in names])
         row("depth, mean error of 0 to 1", [f"{found[name].error:.3f}" for name in names])
-    shares = {name: found[name].shares() for name in names}
     for question in QUESTIONS:
         row(question, [f"{100 * shares[name][question].value:.1f} %" for name in names])
+    lines.append("drawn with it, with 95 % intervals:")
+    lines += [f"{question:12s} {shares['with'][question]}" for question in QUESTIONS]
     return "\n".join(lines)
 
 
 def scale_grid(pipe: Pipeline, net: ControlNet, kind: str, rows: int = 4, **options) -> Image.Image:
     """Held-out scenes: the condition, and a picture at each of `SCALES`, from left to right."""
-    judges, tiles = Judge("canny" if kind == "canny" else "depth", pipe.folder), []
-    for k, scene in enumerate(held_out(rows)):
-        seen = judges.condition(scenes.render(scene))
+    tiles = []
+    for k, scene in enumerate(tqdm(held_out(rows), desc=f"{kind} at every scale")):
+        seen = condition_of(kind, scene, scenes.render(scene).image)
         words = scenes.caption(scene, scene.seed, full=True)
         drawn = [pipe(words, seed=k, control=[Control(net, seen, scale=s)], **options).images[0] for s in SCALES]
-        tiles.append([seen, *drawn])
-    side = tiles[0][0].width
-    grid = Image.new("RGB", (side * len(tiles[0]), side * rows))
-    for y, row in enumerate(tiles):
-        for x, tile in enumerate(row):
-            grid.paste(tile, (x * side, y * side))
-    return grid
+        tiles += [seen, *drawn]
+    return tiled(tiles, 1 + len(SCALES))

@@ -6,13 +6,14 @@ A scene's seed is its row, so the set can be drawn again at any time.
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -90,3 +91,12 @@ def pictures(folder: Path, count: int, split: str = "train", first: int = 0) -> 
         if not (np.array_equal(images[row], image) and np.array_equal(masks[row], mask) and captions[row] == words):
             raise LDMError(f"{folder} was drawn by another version of ldm.scenes: remove it, to have it drawn again.")
     return Pictures(images, masks, captions, [scenes.sample(seed, split) for seed in seeds])
+
+
+def tiled(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size in one, row by row."""
+    width, height = tiles[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height))
+    for k, tile in enumerate(tiles):
+        sheet.paste(tile, (k % columns * width, k // columns * height))
+    return sheet

@@ -1,6 +1,5 @@
 """Put what was trained together: a folder in diffusers' format, in half precision, that diffusers itself can load."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from ldm.io.folders import folder_hash, read_fields, read_json, write_json
 from ldm.io.weights import read_tensors, save_weights
 from ldm.loading import load, load_controlnet
 from ldm.models.controlnet import ControlNetConfig
+from ldm.train.data import tiled
 from ldm.train.parallel import leads
 from ldm.train.unet import SCHEDULER
 
@@ -137,15 +137,6 @@ SAMPLES = (  # what the picture beside the card shows, with seeds 0 to 15
 def draw_samples(model: Path, columns: int = 8) -> None:
     """`samples.jpg`: a picture for each of `SAMPLES`, as the exported model draws them."""
     tiled(load(model)(SAMPLES).images, columns).save(model / "samples.jpg", quality=88)
-
-
-def tiled(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size in one, row by row."""
-    width, height = tiles[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height))
-    for k, tile in enumerate(tiles):
-        sheet.paste(tile, (k % columns * width, k // columns * height))
-    return sheet
 
 
 BY_EDGES = (

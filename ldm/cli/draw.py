@@ -1,0 +1,76 @@
+"""Drawing what a command line asks for, stage after stage; and a sheet that explains what the model is given."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ldm.cli.given import ABOUT_THE_FIRST, Given
+from ldm.errors import LDMError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from ldm.pipeline import Pipeline
+    from ldm.run import Result, Run
+    from ldm.sampling import Step
+    from ldm.settings import Settings
+
+
+def draw(pipe: "Pipeline", prompt: str, given: Given, watch: "Callable[[Step | None], None]", **options) -> "Result":
+    """Draw with what was given: after an inversion, or refined after enlarging, if that was wished.
+
+    `watch` is called with every step of the drawing, and with None for those of an inversion.
+    """
+    pictures = dict(given.options)
+    if "invert" in given.wish:
+        downwards = ("guidance", "sampler", "eta", "negative", "strength")  # of the way back
+        same = {name: value for name, value in options.items() if name not in downwards}
+        upwards = pipe.prepare_inversion(pictures.pop("image"), given.wish["invert"], **same)
+        options["latents"] = watched(upwards, lambda step: watch(None)) / upwards.schedule.start_scale
+    run = pipe.prepare(prompt, **pictures, **options)
+    x = watched(run, watch)
+    if "enlarge" in given.wish:
+        large = pipe.enlarge(x, given.wish["enlarge"])
+        led = {"tile": pictures["tile"]} if "tile" in pictures else {}
+        height, width = (pipe.vae.config.factor * side for side in large.shape[2:])
+        led["control"] = [each.at(width, height) for each in given.led]
+        options = {name: value for name, value in options.items() if name not in ABOUT_THE_FIRST}
+        run = pipe.prepare(prompt, image=large, strength=given.refine, **led, **options)
+        x = watched(run, watch)
+    return run.finish(x)
+
+
+def watched(run: "Run", watch: "Callable[[Step | None], None]") -> "Tensor":
+    """Take the steps of a run; the last latent, which is the first one where there are none."""
+    x = run.x
+    for step in run.steps():
+        watch(step)
+        x = step.x
+    return x
+
+
+def explain(given: Given, settings: "Settings") -> "Image.Image":
+    """What the model is given, on a sheet: the picture, what of it is drawn anew, conditions as their nets see them."""
+    from PIL import Image, ImageOps
+
+    from ldm.cli.inside import contact_sheet
+    from ldm.pictures import fit
+
+    width, height, shown = settings.width, settings.height, []
+    image, mask = given.options.get("image"), given.options.get("mask")
+    if image is not None:
+        scale = "" if image.size == (width, height) else f", of {image.width}x{image.height}"
+        shown.append((image, f"image{scale}"))
+    if mask is not None:
+        red = Image.blend(image, Image.new("RGB", image.size, "red"), 0.6)
+        new = mask.point(lambda value: 255 * (value >= 128))
+        share = sum(new.histogram()[128:]) / (mask.width * mask.height)
+        shown.append((Image.composite(red, image, new), f"red: drawn anew ({share:.0%})"))
+    if "depth" in given.options:
+        shown.append((given.options["depth"], "depth, near is white"))
+    for each in given.options.get("control", ()):
+        span = "" if (each.start, each.end) == (0, 1) else f", from {each.start:g} to {each.end:g}"
+        shown.append((fit(each.picture, width, height), f"{each.kind or 'condition'}, scale {each.scale:g}{span}"))
+    if not shown:
+        raise LDMError("--explain shows the pictures that the model is given, and none is.")
+    return contact_sheet([(ImageOps.contain(picture, (256, 256)), label) for picture, label in shown])
