@@ -22,6 +22,7 @@ import ldm
 from ldm import conditions, pictures, tasks
 from ldm.diffusion import Prediction
 from ldm.errors import LDMError
+from ldm.models.controlnet import ControlNet
 from ldm.noise import Noise
 from ldm.pipeline import Pipeline
 from ldm.samplers.inverse import ddim_inverse
@@ -385,6 +386,10 @@ def test_the_size_drawn_is_the_picture_s_or_what_is_asked_for_in_its_proportions
     for options, size in (({}, (40, 24)), ({"width": 80}, (80, 48)), ({"image": [P], "width": 96}, (96, 64))):
         sizes = tasks.choose_sizes(pipe.model, options.pop("image", None), None, led, **options)
         assert (sizes["width"], sizes["height"]) == size
+    control = ldm.Control(ControlNet.from_unet(pipe.unet), picture(1, 40, 24))
+    assert (
+        drawn(pipe, control=control) == (40, 24) and drawn(pipe, control=[control], image=P.resize((80, 48)))[0] == 80
+    )
     assert drawn(task_models.ours("upscale"), image=picture(1, 9, 6)) == (36, 24)
     assert drawn(task_models.ours("upscale"), image=picture(1, 9, 6), width=72) == (72, 48)
 
