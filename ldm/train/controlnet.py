@@ -29,7 +29,7 @@ from ldm.pipeline import Pipeline
 from ldm.train.common import EMA, Optimizer, Run, step_generator, trapezoid, write_model
 from ldm.train.data import Pictures, pictures, to_tensor
 from ldm.train.parallel import leader_first, leads, share
-from ldm.train.unet import encode_pictures, loss, stratified
+from ldm.train.unet import draw_batch, encode_pictures, loss
 
 CHANNELS = (16, 32, 64, 96)  # of the condition's embedding; diffusers' last two are 96 and 256
 
@@ -144,15 +144,9 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "") -> None:
     mine = share(recipe.batch)
     for step in run.steps():
         generator = step_generator(recipe.seed, step)
-        rows = torch.randint(len(data), (recipe.batch,), generator=generator)
-        wording = torch.randint(ids.shape[1], (recipe.batch,), generator=generator)
-        dropped = torch.rand(recipe.batch, generator=generator) < recipe.caption_dropout
-        words = torch.where(dropped[:, None], empty, ids[rows, wording])
-        x0 = mean[rows] + deviation[rows] * torch.randn(mean[rows].shape, generator=generator)
-        eps = torch.randn(x0.shape, generator=generator)
-        t = stratified(recipe.batch, generator)
-        condition = condition_tensor(seen[rows[mine].numpy()]).to(device)
-        x0, eps, t, words = (v[mine].to(device) for v in (x0, eps, t, words))
+        batch = draw_batch(recipe.batch, recipe.caption_dropout, mean, deviation, ids, empty, generator)
+        condition = condition_tensor(seen[batch.rows[mine].numpy()]).to(device)
+        words, x0, eps, t = (v[mine].to(device) for v in batch[1:])
         with torch.no_grad():
             context = pipe.text_encoder.context(words)
         led = Controlled(pipe.unet, net, condition)

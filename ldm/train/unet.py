@@ -11,6 +11,7 @@ hardly count: the last one's SNR is 0.005 (the truncated SNR of Salimans & Ho 20
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +138,32 @@ def stratified(batch: int, generator: torch.Generator) -> Tensor:
     return (t * 1000).long().clamp(max=999)  # float32 may round 31 + 0.9999999 to 32
 
 
+class Batch(NamedTuple):
+    """One step's pictures, by their rows, and all that is random about them."""
+
+    rows: Tensor  # (B,)
+    words: Tensor  # (B, 77) token ids
+    x0: Tensor  # (B, 4, h, w)
+    eps: Tensor  # (B, 4, h, w)
+    t: Tensor  # (B,) whole timesteps
+
+
+def draw_batch(
+    size: int, dropout: float, mean: Tensor, deviation: Tensor, ids: Tensor, empty: Tensor, generator: torch.Generator
+) -> Batch:
+    """Pictures at random, each in one of its wordings `ids` (N, 4, 77) or, a share `dropout` of them, in the empty one.
+
+    x0 is a sample of each latent: `mean` and `deviation` (N, 4, h, w) are what the VAE says of it.
+    """
+    rows = torch.randint(len(mean), (size,), generator=generator)
+    wording = torch.randint(ids.shape[1], (size,), generator=generator)
+    dropped = torch.rand(size, generator=generator) < dropout
+    words = torch.where(dropped[:, None], empty, ids[rows, wording])
+    x0 = mean[rows] + deviation[rows] * torch.randn(mean[rows].shape, generator=generator)
+    eps = torch.randn(x0.shape, generator=generator)
+    return Batch(rows, words, x0, eps, stratified(size, generator))
+
+
 def load_parts(folder: Path, device: str) -> tuple[Tokenizer, TextEncoder, VAE]:
     """What was trained before: the vocabulary, CLIP's text tower and the VAE."""
 
@@ -212,13 +239,7 @@ def train(folder: Path, recipe: Recipe = Recipe(), name: str = "unet") -> None:
     mine = share(recipe.batch)
     for step in run.steps():
         generator = step_generator(recipe.seed, step)
-        rows = torch.randint(len(data), (recipe.batch,), generator=generator)
-        wording = torch.randint(ids.shape[1], (recipe.batch,), generator=generator)
-        dropped = torch.rand(recipe.batch, generator=generator) < recipe.caption_dropout
-        words = torch.where(dropped[:, None], empty, ids[rows, wording])
-        x0 = mean[rows] + deviation[rows] * torch.randn(mean[rows].shape, generator=generator)
-        eps = torch.randn(x0.shape, generator=generator)
-        t = stratified(recipe.batch, generator)
+        _, words, x0, eps, t = draw_batch(recipe.batch, recipe.caption_dropout, mean, deviation, ids, empty, generator)
         x0, eps, t, words = (v[mine].to(device) for v in (x0, eps, t, words))
         context = text.context(words)
         value = loss(unet, x0, context, t, eps, bars, recipe.snr_range, scheduler.prediction_type)
