@@ -1074,7 +1074,9 @@ def test_a_picture_that_cannot_be_gets_a_sentence_before_a_step_is_taken(models,
 def test_what_a_run_cannot_do_with_controls_gets_a_sentence(models):
     pipe, net = models.ours("sd1"), controlnets(models, "sd1")[1]
     for given, said in ((net, "ControlNet"), ([net], "ControlNet"), ([PICTURE], "Image"), ("canny", "str")):
-        with pytest.raises(LDMError, match=f"control takes Controls, a ControlNet with its picture, not a thing of type {said}"):
+        with pytest.raises(
+            LDMError, match=f"control takes Controls, a ControlNet with its picture, not a thing of type {said}"
+        ):
             pipe.prepare(PROMPT, **SMALL, control=given)
     fits, other = Control(net, PICTURE), Control(pair("sd1", torch.float32)[1], PICTURE)
     with pytest.raises(LDMError, match=r"^The ControlNet 2 of 2 was made for another base .* text 20 wide"):
