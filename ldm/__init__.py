@@ -24,6 +24,8 @@ PLACES = {  # the public names, and the modules they live in
     "TextEncoder": "ldm.text.clip",
     "UNet": "ldm.models.unet",
     "VAE": "ldm.models.vae",
+    "watch": "ldm.lab.watch",
+    "check": "ldm.lab.check",
 }
 __all__ = ["__version__", *PLACES]
 

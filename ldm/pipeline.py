@@ -18,6 +18,7 @@ from functools import partial
 from itertools import chain
 from numbers import Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -45,6 +46,9 @@ from ldm.text.clip import TextEncoder
 from ldm.text.tokenizer import Tokenizer
 from ldm.tiles import in_tiles
 
+if TYPE_CHECKING:
+    from ldm.lab.trace import Trace
+
 TILE = 512  # pixels along a side of an upscaler's tiles: the size it was trained on
 
 
@@ -70,6 +74,7 @@ class Pipeline:
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
         self.scheduler, self.defaults, self.folder = scheduler, defaults, folder
         self.low_res, self.max_noise_level = low_res, max_noise_level
+        self.watchers = []  # what looks on at the steps of every run: `ldm.lab.watch` comes and goes
 
     # ------------------------------------------------------------------------------------------ the road
 
@@ -130,6 +135,12 @@ class Pipeline:
         """
         return self.prepare(prompt, **options).steps(after)
 
+    def trace(self, prompt: str | Sequence[str], **options) -> "Trace":
+        """A run with all that can be seen of it: steps, attention maps, words, times. The options are `prepare`'s."""
+        from ldm.lab.trace import trace  # drawing a picture needs no laboratory
+
+        return trace(self, prompt, **options)
+
     def prepare(
         self,
         prompt: str | Sequence[str],
@@ -183,7 +194,8 @@ class Pipeline:
         if start.known is not None:
             sampler = tasks.blended(sampler, *start.known)
         tile = TILE * (self.task == "upscale") if tile is None else tile
-        if network is None:
+        own = network is not None
+        if not own:
             seen = self.look(settings, schedule, control)
             told = Beside(start.channels, settings.image_guidance, seen, settings.noise_level, *self.tiles(tile))
             network = self.network(settings, clip_skip, together, told)
@@ -198,7 +210,7 @@ class Pipeline:
             return Result(images, x, settings, changed)
 
         denoise = denoiser(network, schedule.prediction)
-        return Run(settings, schedule, start.x, denoise, sampler, noise, decode, finish)
+        return Run(settings, schedule, start.x, denoise, sampler, noise, decode, finish, own, self.watchers)
 
     def prepare_inversion(
         self, image: object, prompt: str | Sequence[str], *, guidance: float = 1.0, refine: int = 5, **options

@@ -33,7 +33,8 @@ class Run:
     """What `Pipeline.prepare` makes of a call: `for step in run.steps()` is all that is left to do.
 
     `x` (B, C, h, w) is the first latent, at row `settings.first` of the schedule. `decode` makes pictures of a latent,
-    `finish` a result: there, what lies outside an inpainting mask is put back.
+    `finish` a result: there, what lies outside an inpainting mask is put back. `own` says that the network is the
+    caller's own. `watchers` (`ldm.lab.watch`) each turn the run into one that they look on at, when its steps begin.
     """
 
     settings: Settings
@@ -44,6 +45,8 @@ class Run:
     noise: Noise
     decode: Callable[[Tensor], list[Image.Image]]
     finish: Callable[[Tensor], Result]
+    own: bool = False
+    watchers: Sequence[Callable[["Run"], "Run"]] = ()
 
     def __len__(self) -> int:
         """How many steps it takes."""
@@ -51,8 +54,10 @@ class Run:
 
     def steps(self, after: Sequence[Step] = ()) -> Iterator[Step]:
         """The steps, each yielded as it is taken and seen to be finite; `after` as in `ldm.sampling.sample`."""
-        first = self.settings.first
-        return watched(sample(self.denoise, self.x, self.schedule, self.sampler, self.noise, after, first))
+        run = self
+        for watcher in self.watchers:
+            run = watcher(run)
+        return watched(sample(run.denoise, run.x, run.schedule, run.sampler, run.noise, after, run.settings.first))
 
 
 def watched(steps: Iterator[Step]) -> Iterator[Step]:

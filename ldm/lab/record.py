@@ -1,0 +1,216 @@
+"""What `ldm.watch` has seen of a run, and how it is asked: calls of the UNet, what went through it, attention maps."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.errors import LDMError
+from ldm.lab.maps import Maps
+
+
+class Stats(NamedTuple):
+    """One output of one brick. Mean, spread and range are those of its finite numbers; `nonfinite` counts the others."""
+
+    name: str  # the module's, such as "unet.mid_block.resnets.0"
+    shape: tuple[int, ...]
+    mean: float
+    std: float
+    min: float
+    max: float
+    nonfinite: int
+
+
+def stats(name: str, x: Tensor) -> Stats:
+    """NaN for all but the count, where not one number is finite."""
+    finite = x.isfinite()
+    count = x.numel() - int(finite.sum())
+    values = x[finite] if count else x
+    if not values.numel():
+        return Stats(name, tuple(x.shape), *[float("nan")] * 4, count)
+    values = values.to(torch.promote_types(x.dtype, torch.float32))
+    std, mean = torch.std_mean(values, correction=0)
+    return Stats(name, tuple(x.shape), *torch.stack([mean, std, *values.aminmax()]).tolist(), count)
+
+
+@dataclass
+class Call:
+    """One call of the UNet. Its batch holds `pictures` rows for each of `parts`, part by part.
+
+    A method that asks twice in a step (heun, dpm2) makes two calls of one `step`, at different rows `i` and times `t`;
+    the halves of guidance make two where they don't run together. In a loop of one's own `i` is None, and `step` counts
+    the calls.
+    """
+
+    number: int  # its place in `Record.calls`
+    run: int  # 0, 1, ...: the runs that were watched
+    step: int  # the row of the schedule that the step begins at: `Step.i`
+    i: int | None  # the row that the network was asked about
+    t: float | tuple[float, ...]  # several where the rows of the batch have several
+    parts: tuple[str, ...]  # of guidance: uncond, cond; uncond, image, cond; or "part 1", ... where nobody can know
+    pictures: int
+    size: tuple[int, int]  # (h, w) of the latent
+    tiled: bool = False  # whether the batch holds one tile of the pictures, `size` then being that of all
+    bricks: dict[str, Stats] = field(default_factory=dict, repr=False)  # the UNet's, in the order they were run
+    # (skips + 1, rows of the batch): the norms of what ControlNets, added up, add to every skip and, last, to the middle
+    residuals: Tensor | None = field(default=None, repr=False)
+    # |cond - uncond| of each picture: on the last call of those from which one prediction was made
+    guidance: tuple[float, ...] | None = None
+
+
+class Layer(NamedTuple):
+    """An attention layer of the UNet: `size` (h, w) of its maps is None until it has run."""
+
+    name: str
+    heads: int
+    cross: bool  # to the text; otherwise from position to position
+    size: tuple[int, int] | None
+
+
+def within(name: str, pattern: str) -> bool:
+    """Whether some neighbouring words of a dotted name are the pattern: "mid_block" is in "unet.mid_block.resnets.0"."""
+    return f".{pattern}." in f".{name}."
+
+
+class Record:
+    """What was seen. `calls` are those of the UNet; `beside` are the outputs of all bricks outside such a call.
+
+    `layers` are all attention layers of the UNet; the maps are those of the cross-attention unless asked otherwise.
+    """
+
+    def __init__(self, layers: Sequence[Layer], maps: Maps):
+        self.calls: list[Call] = []
+        self.beside: list[Stats] = []  # text encoder and VAE, and bricks of the UNet run by hand
+        self.maps = maps
+        self._layers = {layer.name: layer for layer in layers}
+
+    @property
+    def layers(self) -> list[Layer]:
+        return list(self._layers.values())
+
+    def map(
+        self,
+        tokens: int | Sequence[int],
+        step: int | None = None,
+        layer: str | Sequence[str] | None = None,
+        head: int | None = None,
+        part: str | None = None,
+        picture: int = 0,
+        size: tuple[int, int] | None = None,
+        run: int | None = None,
+    ) -> Tensor:
+        """How much every position of the latent attends to these tokens together, (h, w): all 77 together are 1.
+
+        Averaged over what is left out: steps (or rather their calls), layers, heads. Every layer counts alike; coarse
+        ones are enlarged bilinearly to `size`, which is the latent's if it isn't given.
+        tokens    positions among the 77; of a self-attention layer, among its h*w
+        layer     a name, names, or a part of names: "mid_block", "up_blocks.1". Cross-attention, unless all are self-
+        part      "cond" where that is recorded, or the only one there is; `picture` counts within the part
+        run       needed if several were watched
+        """
+        calls, part = self._choose(step, part, picture, run)
+        layers = self._matching(layer)
+        tokens = check_tokens(tokens)
+        size = calls[0].size if size is None else tuple(size)
+        total = 0
+        for name in layers:
+            found = self._mean(name, calls, part, picture, head, tokens)  # (heads, h, w, tokens)
+            found = found.sum(-1).mean(0)[None, None]
+            total = total + F.interpolate(found, size=size, mode="bilinear", align_corners=False)[0, 0]
+        return total / len(layers)
+
+    def attention(
+        self, layer: str, step: int | None = None, part: str | None = None, picture: int = 0, run: int | None = None
+    ) -> Tensor:
+        """One layer's maps as they are, (heads, h, w, L): L tokens, or positions in self-attention.
+
+        Averaged over the calls of the step, or of all. Each row of L sums to 1.
+        """
+        calls, part = self._choose(step, part, picture, run)
+        names = self._matching(layer)
+        if len(names) > 1:
+            raise LDMError(f"{layer!r} is part of the names of {len(names)} layers: name one, such as {names[0]!r}.")
+        return self._mean(names[0], calls, part, picture)
+
+    def _mean(
+        self,
+        layer: str,
+        calls: Sequence[Call],
+        part: str,
+        picture: int,
+        head: int | None = None,
+        tokens: Sequence[int] | None = None,
+    ) -> Tensor:
+        numbers = [call.number for call in calls]
+        found = self.maps.mean(layer, part, calls[0].run, numbers, picture, tokens)
+        if head is None:
+            return found
+        if not self.maps.every_head:
+            raise LDMError("The maps were averaged over heads for want of memory: watch fewer layers, or give memory=.")
+        if not 0 <= head < len(found):
+            raise LDMError(f"Head {head} asked for, but {layer} has {len(found)}: 0 to {len(found) - 1}.")
+        return found[head : head + 1]
+
+    def _choose(
+        self, step: int | None, part: str | None, picture: int, run: int | None
+    ) -> tuple[list[Call], str]:
+        """The calls that are asked for, and the name of the part."""
+        runs = sorted({call.run for call in self.calls})
+        if not runs:
+            raise LDMError("Nothing was recorded: no call of this pipeline's UNet was made under the watch.")
+        if run is None and len(runs) > 1:
+            raise LDMError(f"{len(runs)} runs were watched: say which is meant (run=0 to run={runs[-1]}).")
+        if run is not None and run not in runs:
+            raise LDMError(f"Run {run} asked for, but {runs[0]} to {runs[-1]} were watched.")
+        calls = [call for call in self.calls if run in (None, call.run)]
+        parts = list(dict.fromkeys(key.part for key in self.maps.kept if key.run == calls[0].run))
+        if any(call.tiled for call in calls):
+            raise LDMError("A run in tiles has no maps, for each tile attends by itself: draw without tiles (tile=0).")
+        if part is None:
+            part = parts[0] if len(parts) == 1 else "cond"
+        if part not in parts:
+            raise LDMError(
+                f"No maps of the part {part!r} are kept, those of {', '.join(parts) or 'none'} are: name one of them "
+                "(part=), or watch every part (every_part=True)."
+            )
+        calls = [call for call in calls if part in call.parts]
+        if step is not None:
+            if not self.maps.every_call:
+                raise LDMError(
+                    "The maps were averaged over steps for want of memory: leave step out, watch fewer layers, or give "
+                    "memory=."
+                )
+            steps = list(dict.fromkeys(call.step for call in calls))
+            calls = [call for call in calls if call.step == step]
+            if not calls:
+                raise LDMError(f"Step {step} asked for, but {steps[0]} to {steps[-1]} were watched.")
+        if not 0 <= picture < calls[0].pictures:
+            raise LDMError(f"Picture {picture} asked for, but there are {calls[0].pictures}: counted from 0.")
+        return calls, part
+
+    def _matching(self, layer: str | Sequence[str] | None) -> list[str]:
+        """The names, of the layers whose maps are kept, that are asked for: those to the text, if there are any."""
+        kept = self.maps.layers()
+        wanted = [layer] if isinstance(layer, str) else layer
+        names = [name for name in kept if wanted is None or any(within(name, each) for each in wanted)]
+        if not names:
+            raise LDMError(f"No maps of a layer {layer!r} are kept, but of {', '.join(kept) or 'none'}.")
+        return [name for name in names if self._layers[name].cross] or names
+
+
+def check_tokens(tokens: int | Sequence[int]) -> list[int]:
+    """Positions as a list. Raises LDMError for anything else."""
+    try:
+        found = [operator.index(each) for each in (tokens if isinstance(tokens, Sequence) else [tokens])]
+    except TypeError:
+        found = []
+    if not found or min(found) < 0:
+        raise LDMError(
+            f"Tokens are positions among those the network reads, 0 or more, one or a list, not {tokens!r}; "
+            "`ldm.lab.trace.words_of` tells where a prompt's words stand."
+        )
+    return found
