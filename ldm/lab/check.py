@@ -4,8 +4,8 @@
 
 An answer is used as the right one is, and the outcomes are compared. Where they differ, the outcomes of wrong answers
 that are known by name are compared with it as well: the one that agrees names the mistake. A check has three outcomes:
-to do, wrong, right. It never stops a notebook, unless LDM_STRICT is 1 in the environment, as in the project's own tests.
-The numbers that an answer is tried with are drawn from the reader's name (LDM_READER in the environment, or that of the
+to do, wrong, right. It never stops a notebook, unless LDM_STRICT is 1 in the environment, as in our own tests. The
+numbers that an answer is tried with are drawn from the reader's name (LDM_READER in the environment, or that of the
 login), so that two readers compare their functions and not their figures.
 """
 
@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Number
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ from ldm.lab import exercises
 
 TO_DO, WRONG, RIGHT = "to do", "wrong", "right"
 SIGNS = {TO_DO: "⏳", WRONG: "❌", RIGHT: "✅"}
+PACKAGE = Path(__file__).resolve().parent.parent
 STRICT, READER = "LDM_STRICT", "LDM_READER"  # environment variables
 
 Use = Callable[[object, torch.Generator], Sequence]
@@ -144,8 +146,9 @@ def tried(exercise: Exercise, answer: object, seed: int) -> list:
 
 def stumbled(error: Exception) -> str:
     """What broke, and in which line of the reader's."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    place = f", at `{last.line}`" if last.line else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(str(PACKAGE))]
+    place = f", at `{own[-1].line}`" if own and own[-1].line else ""
     return f"it stops with {type(error).__name__}: {' '.join(str(error).split())[:200]}{place}."
 
 
@@ -164,7 +167,10 @@ def calling(*cases: Callable[[torch.Generator], Sequence] | Sequence) -> Use:
         for arguments in drawn(cases, generator):
             lent = copy.deepcopy(arguments)
             outcomes.append(answer(*lent) if callable(answer) else answer)
-            if any(differs(mine, theirs) for mine, theirs in zip(arguments, lent, strict=True)):
+            numbers = (
+                pair for pair in zip(arguments, lent, strict=True) if isinstance(pair[0], Tensor | np.ndarray | list)
+            )
+            if any(differs(theirs, mine) for mine, theirs in numbers):
                 raise Told("it changes its arguments in place: make new ones, the caller still needs his.")
         return outcomes
 
@@ -217,4 +223,5 @@ def numbers_differ(got: object, right: object, atol: float, rtol: float) -> str 
     if torch.allclose(mine, theirs, rtol=rtol, atol=atol, equal_nan=True):
         return None
     scale = theirs.abs().max().item()
-    return f"the shape is right, the numbers are not: off by up to {(mine - theirs).abs().max():.3g}, where they reach {scale:.3g}."
+    off = (mine - theirs).abs().max().item()
+    return f"the shape is right, the numbers are not: off by up to {off:.3g}, where they reach {scale:.3g}."

@@ -47,7 +47,7 @@ class Shown:
 
 
 def canvas(width: float = 7.2, height: float = 3.2, rows: int = 1, columns: int = 1, **ratios) -> tuple:
-    """A figure of so many inches and its axes, in the house's look; `ratios` are matplotlib's width_ratios and so on."""
+    """A figure of so many inches and its axes, in the house's look; `ratios`: matplotlib's width_ratios and so on."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(width, height), dpi=100, layout="constrained", facecolor=PAPER)

@@ -51,7 +51,7 @@ def or_say(name: str, load: Callable) -> object | None:
         return load(str(folder))
     title, size = MODELS[name]
     print(
-        f"NOT RUN: this cell needs {title} ({size}), which is not on this machine. With its folder in diffusers' format\n"
-        f"(safetensors) in the environment variable {variable(name)}, the same cell runs on it."
+        f"NOT RUN: this cell needs {title} ({size}), which is not on this machine.\nWith its folder "
+        f"(diffusers' format, safetensors) in the environment variable {variable(name)}, the same cell runs on it."
     )
     return None
