@@ -80,7 +80,7 @@ my_guess = {"best scale": None, "most varied at scale": None}
 # %%
 @torch.no_grad()
 def draw(prompt, negative="", s=4.0, seed=7, steps=12, combine=None):
-    """DDIM with guidance: the picture, and the norms of eps_u, eps_c, eps_c - eps_u at every step."""
+    """DDIM with guidance: the picture, and the norms of eps_u, eps_c, their difference."""
     ids = pipe.tokenizer([negative, prompt]).ids
     context = pipe.text_encoder.context(ids)  # (2, 77, 128)
     schedule = pipe.schedule(steps, sampler="ddim")
@@ -317,9 +317,9 @@ if sd is not None:
 # batch or runs them apart. In diffusers the same line stands in each pipeline's `__call__`, once a family.
 
 # %%
-import inspect  # noqa: E402
+import inspect
 
-from ldm import guidance  # noqa: E402
+from ldm import guidance
 
 print(inspect.getsource(guidance.classifier_free))
 
