@@ -195,7 +195,7 @@ class Pipeline:
             sampler = tasks.blended(sampler, *start.known)
         tile = TILE * (self.task == "upscale") if tile is None else tile
         own = network is not None
-        if not own:
+        if network is None:
             seen = self.look(settings, schedule, control)
             told = Beside(start.channels, settings.image_guidance, seen, settings.noise_level, *self.tiles(tile))
             network = self.network(settings, clip_skip, together, told)

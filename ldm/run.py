@@ -54,10 +54,10 @@ class Run:
 
     def steps(self, after: Sequence[Step] = ()) -> Iterator[Step]:
         """The steps, each yielded as it is taken and seen to be finite; `after` as in `ldm.sampling.sample`."""
-        run = self
+        run, first = self, self.settings.first
         for watcher in self.watchers:
             run = watcher(run)
-        return watched(sample(run.denoise, run.x, run.schedule, run.sampler, run.noise, after, run.settings.first))
+        return watched(sample(run.denoise, run.x, run.schedule, run.sampler, run.noise, after, first))
 
 
 def watched(steps: Iterator[Step]) -> Iterator[Step]:

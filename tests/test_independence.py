@@ -279,8 +279,18 @@ def test_only_the_command_line_knows_the_command_line():
 
 
 def test_nothing_that_draws_knows_how_it_was_trained_or_measured():
-    for module in MODULES.keys() - below("ldm.cli", "ldm.__main__", "ldm.train", "ldm.metrics"):
+    for module in MODULES.keys() - below("ldm.cli", "ldm.__main__", "ldm.train", "ldm.metrics", "ldm.lab"):
         assert not imported(module) & below("ldm.train", "ldm.metrics"), module
+
+
+def test_the_laboratory_knows_all_but_training_and_the_command_line_and_none_knows_it():
+    """But `Pipeline.trace`, which goes there when it is called."""
+    assert {"ldm.lab.watch", "ldm.lab.trace"} <= below("ldm.lab")
+    for module in below("ldm.lab"):
+        assert not imported(module) & below("ldm.train", "ldm.cli", "ldm.__main__"), module
+    for module in MODULES.keys() - below("ldm.lab", "ldm.cli", "ldm.__main__"):
+        known = {"ldm.lab.trace"} if module == "ldm.pipeline" else set()
+        assert imported(module) & below("ldm.lab") == known, module
 
 
 def test_there_are_no_cycles():

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 
 from ldm import __version__
-from ldm.cli import compare_samplers, condition, evaluate, generate, rerun, samplers, schedule, train
+from ldm.cli import compare_samplers, condition, evaluate, explain, generate, rerun, samplers, schedule, train
 from ldm.cli.options import Parser
 from ldm.errors import STOPPED, LDMError
 
 COMMANDS = (
     generate,
     rerun,
+    explain,
     condition,
     samplers,
     schedule,

@@ -14,7 +14,7 @@ from ldm.lab.maps import Maps
 
 
 class Stats(NamedTuple):
-    """One output of one brick. Mean, spread and range are those of its finite numbers; `nonfinite` counts the others."""
+    """One output of one brick: mean, spread and range of its finite numbers, and how many aren't finite."""
 
     name: str  # the module's, such as "unet.mid_block.resnets.0"
     shape: tuple[int, ...]
@@ -27,13 +27,14 @@ class Stats(NamedTuple):
 
 def stats(name: str, x: Tensor) -> Stats:
     """NaN for all but the count, where not one number is finite."""
-    finite = x.isfinite()
-    count = x.numel() - int(finite.sum())
-    values = x[finite] if count else x
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():  # one NaN makes both ends NaN
+        values = values[values.isfinite()]
+    count = x.numel() - values.numel()
     if not values.numel():
         return Stats(name, tuple(x.shape), *[float("nan")] * 4, count)
-    values = values.to(torch.promote_types(x.dtype, torch.float32))
-    std, mean = torch.std_mean(values, correction=0)
+    mean = values.mean()
+    std = (values - mean).square().mean().sqrt()
     return Stats(name, tuple(x.shape), *torch.stack([mean, std, *values.aminmax()]).tolist(), count)
 
 
@@ -56,7 +57,7 @@ class Call:
     size: tuple[int, int]  # (h, w) of the latent
     tiled: bool = False  # whether the batch holds one tile of the pictures, `size` then being that of all
     bricks: dict[str, Stats] = field(default_factory=dict, repr=False)  # the UNet's, in the order they were run
-    # (skips + 1, rows of the batch): the norms of what ControlNets, added up, add to every skip and, last, to the middle
+    # (skips + 1, rows of the batch): the norms of what all ControlNets together add to every skip and, last, the middle
     residuals: Tensor | None = field(default=None, repr=False)
     # |cond - uncond| of each picture: on the last call of those from which one prediction was made
     guidance: tuple[float, ...] | None = None
@@ -72,7 +73,7 @@ class Layer(NamedTuple):
 
 
 def within(name: str, pattern: str) -> bool:
-    """Whether some neighbouring words of a dotted name are the pattern: "mid_block" is in "unet.mid_block.resnets.0"."""
+    """Whether the pattern is a run of whole words of a dotted name, as "mid_block" is of "unet.mid_block.resnets.0"."""
     return f".{pattern}." in f".{name}."
 
 
@@ -87,6 +88,10 @@ class Record:
         self.beside: list[Stats] = []  # text encoder and VAE, and bricks of the UNet run by hand
         self.maps = maps
         self._layers = {layer.name: layer for layer in layers}
+
+    def place(self, name: str, size: tuple[int, int]) -> None:
+        """The size of a layer's maps, as its last call had it."""
+        self._layers[name] = self._layers[name]._replace(size=size)
 
     @property
     def layers(self) -> list[Layer]:
@@ -155,9 +160,7 @@ class Record:
             raise LDMError(f"Head {head} asked for, but {layer} has {len(found)}: 0 to {len(found) - 1}.")
         return found[head : head + 1]
 
-    def _choose(
-        self, step: int | None, part: str | None, picture: int, run: int | None
-    ) -> tuple[list[Call], str]:
+    def _choose(self, step: int | None, part: str | None, picture: int, run: int | None) -> tuple[list[Call], str]:
         """The calls that are asked for, and the name of the part."""
         runs = sorted({call.run for call in self.calls})
         if not runs:
@@ -165,7 +168,7 @@ class Record:
         if run is None and len(runs) > 1:
             raise LDMError(f"{len(runs)} runs were watched: say which is meant (run=0 to run={runs[-1]}).")
         if run is not None and run not in runs:
-            raise LDMError(f"Run {run} asked for, but {runs[0]} to {runs[-1]} were watched.")
+            raise LDMError(f"Run {run} asked for, but {len(runs)} watched: counted from 0.")
         calls = [call for call in self.calls if run in (None, call.run)]
         parts = list(dict.fromkeys(key.part for key in self.maps.kept if key.run == calls[0].run))
         if any(call.tiled for call in calls):

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LDMError, nearest
-from ldm.io.pictures import to_tensor
 from ldm.lab.record import Record
 from ldm.lab.watch import watch
 from ldm.run import Result
@@ -28,8 +27,6 @@ from ldm.text.tokenizer import END, Tokenizer
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
-
-FITTED = 3  # steps whose decoded pictures the preview is fitted to
 
 
 class Word(NamedTuple):
@@ -51,7 +48,7 @@ def words_of(tokenizer: Tokenizer, prompt: str) -> tuple[Word, ...]:
     return tuple(words)
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
     """A finished run. `trace[k]` is its k-th step, `len(trace)` their number; shapes as in `ldm.sampling.Step`."""
 
@@ -63,7 +60,11 @@ class Trace:
     words: tuple[tuple[Word, ...], ...]  # of each picture's prompt
     decode: Callable[[Tensor], list[Image.Image]]  # clean latents (B, C, h, w) -> pictures
     seconds: tuple[float, ...]  # of each step, the watching included
-    _linear: Tensor | None = field(default=None, init=False, repr=False)
+    _linear: Tensor | None = field(default=None, init=False)
+
+    def __repr__(self) -> str:
+        prompts = ", ".join(map(repr, self.settings.prompt))
+        return f"<Trace: {len(self)} steps of {self.settings.sampler}, pictures of {prompts}>"
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -74,8 +75,8 @@ class Trace:
     def preview(self, x0: Tensor) -> list[Image.Image]:
         """Latents (B, C, h, w) as small pictures, a pixel for each position, at hardly any cost.
 
-        Colours are a linear function of the latent, fitted to pictures that this very run's x0 were decoded to, at its
-        beginning, middle and end: good enough to recognise what is there, and no more.
+        Colours are a linear function of the latent, fitted to what this very run's x0 were decoded to after one and two
+        thirds of the steps, and at the end: good enough to recognise what is there, and no more.
         """
         if self._linear is None:
             self._linear = fit_linear(self._pairs())
@@ -84,8 +85,11 @@ class Trace:
         return [Image.fromarray(each) for each in pixels]
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """(x0, the picture it was decoded to) at a few steps and at the end; the pictures (B, 3, H, W) in [0, 1]."""
-        rows = sorted({round(k) for k in np.linspace(0, len(self) - 1, FITTED)}) if self.steps else []
+        """(x0, the picture it was decoded to) at a few steps and at the end; the pictures (B, 3, H, W) in [0, 1].
+
+        None from the beginning: there guidance drives latents beyond what has a colour, and the decoder cuts it off.
+        """
+        rows = sorted({len(self) // 3, 2 * len(self) // 3}) if self.steps else []
         return [(x0, pixels_of(self.decode(x0))) for x0 in (*(self.steps[k].x0 for k in rows), self.result.x0)]
 
     def maps(self, word: Word | str | int | Sequence[int], picture: int = 0) -> Tensor:
@@ -126,7 +130,7 @@ class Trace:
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:
     """(B, 3, H, W) in [0, 1]."""
-    return torch.stack([to_tensor(each) for each in images])
+    return torch.stack([torch.from_numpy(np.array(each)).movedim(-1, 0).float() / 255 for each in images])
 
 
 def affine(x0: Tensor) -> Tensor:

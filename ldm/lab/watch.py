@@ -93,11 +93,11 @@ class Watcher:
         parts: tuple[str, ...],
         memory: float,
     ):
-        self.every_part, self.parts, self.open = every_part, parts, True
+        self.every_part, self.parts = every_part, parts
         self.runs = 0
         self.asked: Asked | None = None
         self.call: Call | None = None
-        self.shape: tuple | None = None  # that of the last call, where a loop of one's own made it
+        self.by_hand: tuple | None = None  # the shape of the last call and its run, where a loop of one's own made it
         self.size = (0, 0)  # of the feature map that attention is at work on
         self.queries: dict[str, Tensor] = {}
         self.keys: dict[str, Tensor] = {}
@@ -111,7 +111,7 @@ class Watcher:
         self._hook_bricks(pipe)
         self._hook_attention(modules)
         self.handles.append(pipe.unet.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self.handles.append(pipe.unet.register_forward_hook(self._end))  # behind the UNet's own statistics
+        self.handles.append(pipe.unet.register_forward_hook(self._end, always_call=True))  # last: it closes the call
 
     def _hook_bricks(self, pipe: object) -> None:
         for part, network in (("text_encoder", pipe.text_encoder), ("unet", pipe.unet), ("vae", pipe.vae)):
@@ -130,7 +130,6 @@ class Watcher:
 
     def close(self) -> None:
         """Remove every hook. A run that goes on is no longer recorded."""
-        self.open = False
         for handle in self.handles:
             handle.remove()
 
@@ -138,8 +137,7 @@ class Watcher:
 
     def __call__(self, run: Run) -> Run:
         """The same run, of which the record learns what its sampler asks for."""
-        number, step, parts = self.runs, None, () if run.own else parts_of(run)
-        self.runs += 1
+        number, step, parts = None, None, () if run.own else parts_of(run)
 
         def sampler(
             denoise: Denoise, x: Tensor, schedule: Schedule, i: int, history: Sequence[Step], noise: Noise
@@ -149,8 +147,8 @@ class Watcher:
             return run.sampler(denoise, x, schedule, i, history, noise)
 
         def denoise(x: Tensor, level: Level) -> Prediction:
-            if not self.open:
-                return run.denoise(x, level)
+            nonlocal number
+            number = self._count() if number is None else number  # not before: a run may never be walked
             asked = self.asked = Asked(number, step, level, len(x), tuple(x.shape[2:]), parts)
             try:
                 prediction = run.denoise(x, level)
@@ -161,6 +159,11 @@ class Watcher:
             return prediction
 
         return replace(run, sampler=sampler, denoise=denoise)
+
+    def _count(self) -> int:
+        """The number of a run that begins."""
+        self.runs += 1
+        return self.runs - 1
 
     def _names(self, asked: Asked, context: Context, count: int) -> tuple[str, ...]:
         """What a batch of `count` parts holds. Parts that run one after the other read contexts of their own."""
@@ -186,34 +189,32 @@ class Watcher:
         if asked is None:
             self.call = self._by_hand(number, x, given["t"])
         else:
-            names = self._names(asked, given["context"], len(x) // asked.pictures)
-            tiled = size != asked.size
-            level = asked.level
-            self.call = Call(
-                number, asked.run, asked.step, level.i, level.t, names, asked.pictures, asked.size, tiled
-            )
+            level, tiled = asked.level, size != asked.size
+            names = self._names(asked, given["context"], max(len(x) // asked.pictures, 1))
+            pictures = len(x) // len(names)
+            self.call = Call(number, asked.run, asked.step, level.i, level.t, names, pictures, asked.size, tiled)
             asked.calls.append(self.call)
-            self.shape = None
+            self.by_hand = None
         self.record.calls.append(self.call)
         if given.get("residuals") is not None:
             skips, middle = given["residuals"]
             self.call.residuals = torch.stack([norms_of_rows(each) for each in (*skips, middle)])
 
     def _by_hand(self, number: int, x: Tensor, t: object) -> Call:
-        """A call that no run of ours has asked for. Such calls in a row, of one shape, count as the steps of one run."""
-        if self.shape != x.shape:
-            self.shape, self.runs = x.shape, self.runs + 1
-        run = self.runs - 1
+        """A call that no run of ours asked for. Such calls in a row, of one shape, count as the steps of one run."""
+        if self.by_hand is None or self.by_hand[0] != x.shape:
+            self.by_hand = x.shape, self._count()
+        run = self.by_hand[1]
         step = sum(call.run == run for call in self.record.calls)
         parts = self.parts if self.parts and len(x) % len(self.parts) == 0 else ("part 1",)
-        times = set(torch.as_tensor(t).flatten().tolist())
-        t = times.pop() if len(times) == 1 else tuple(torch.as_tensor(t).tolist())
+        times = tuple(map(float, torch.as_tensor(t).flatten().tolist()))
+        t = times[0] if len(set(times)) == 1 else times
         return Call(number, run, step, None, t, parts, len(x) // len(parts), tuple(x.shape[2:]))
 
     @torch.no_grad()
-    def _end(self, unet: UNet, args: tuple, output: Tensor) -> None:
+    def _end(self, unet: UNet, args: tuple, output: Tensor | None) -> None:
         call, self.call = self.call, None
-        if self.asked is None and {"uncond", "cond"} <= set(call.parts):
+        if output is not None and self.asked is None and {"uncond", "cond"} <= set(call.parts):
             said = dict(zip(call.parts, output.chunk(len(call.parts)), strict=True))
             call.guidance = norms(said["cond"] - said["uncond"])
 
@@ -241,7 +242,7 @@ class Watcher:
         if self.call is None:
             return
         q, k = self.queries.pop(name), self.keys.pop(name, None)
-        self.record._layers[name] = self.record._layers[name]._replace(size=self.size)
+        self.record.place(name, self.size)
         if name not in self.chosen or self.call.tiled:
             return
         q = module.split_heads(q)  # (B, heads, N, C/heads)

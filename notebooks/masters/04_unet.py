@@ -53,6 +53,7 @@ for name, operation in operations.items():
         handle.remove()
 
 
+# %%
 def grey_levels(one, other):
     """How far two pictures are apart: the mean difference of their pixels, of 255 grey levels."""
     return np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean()
@@ -234,11 +235,288 @@ def up(unet, h, skips, emb, context, join=join, say=lambda *what: None):
     skips = list(skips)
     for n, level in enumerate(unet.up_blocks):
         for i, block in enumerate(level.resnets):
-            both = join(h, skips.pop())
-            h = block(both, emb)
+            reads = f"reads {h.shape[1]} from below, {skips[-1].shape[1]} kept"
+            h = block(join(h, skips.pop()), emb)
             h = level.attentions[i](h, context) if level.attentions else h
-            say(f"up {n}", h, f"made of {both.shape[1]} channels, {both.shape[1] - skip_width(block)} from below")
+            say(f"up {n}", h, reads)
         if level.upsamplers:
             h = level.upsamplers[0](h, skips[-1].shape[2:])  # (B, C, 2H, 2W)
             say(f"up {n}, doubled", h)
     return h
+
+
+# %%
+@torch.no_grad()
+def forward(unet, x, t, context, clocks=waves, edit=None, join=join, say=lambda *what: None):
+    """The whole UNet. `clocks`, `edit` and `join` are where we shall break it."""
+    times = torch.as_tensor(t, device=x.device).expand(len(x))
+    emb = unet.time_embedding(clocks(times, unet.config.block_out_channels[0]))  # (B, 192)
+    skips = down(unet, x, emb, context, say)
+    h = middle(unet, skips[-1], emb, context)
+    say("middle", h)
+    skips, h = edit(skips, h) if edit else (skips, h)
+    h = up(unet, h, skips, emb, context, join, say)
+    return unet.conv_out(F.silu(unet.conv_norm_out(h)))  # (B, 4, 16, 16)
+
+
+def tell(name, h, more=""):
+    print(f"{name:16}{' x '.join(map(str, h.shape[1:])):>14}   {more}")
+
+
+mine = forward(unet, noisy(400), 400, context, say=tell)
+with torch.no_grad():
+    theirs = unet(noisy(400), 400, context)
+assert torch.equal(mine, theirs), "the loops above are no longer what ldm does"
+print("\nThe loops and the network agree, bit for bit.")
+
+# %% [markdown]
+# Read the column of sizes: 16, 8, 4 and back. Six tensors are kept, and the six blocks of the way up take them from the
+# last to the first. Each level of the way up has one block more than its partner on the way down: it takes what the strided
+# convolution (or, on the finest level, the first one) has left.
+#
+# ## Run
+#
+# ### What it costs
+#
+# Parameters and multiply-adds of every part, by (5), counted as the network runs. Attention adds two products of matrices to
+# its linear layers: each of N positions with each of L others (or 77 tokens) over C channels, and the same again for the
+# mixing, 2NLC. Beside ours stands Stable Diffusion 1.5's network, built from its configuration on PyTorch's `meta` device,
+# where tensors have shapes and no numbers: nothing is downloaded, and it takes no memory.
+
+
+# %%
+def part_of(name):
+    """down_blocks.0.resnets.1.conv1 -> down 0"""
+    words = name.split(".")
+    return f"{words[0].split('_')[0]} {words[1]}" if "_blocks" in words[0] else words[0]
+
+
+def cost(unet, x, context):
+    """Parameters, and multiply-adds of one run, of every part."""
+    numbers, work, hooks = Counter(), Counter(), []
+
+    def count(part, module, given, out):
+        if isinstance(module, Attention):
+            source = given[0] if given[1] is None else given[1]  # itself, or the text
+            work[part] += 2 * out.numel() * source.shape[1]
+        else:
+            work[part] += out.numel() * module.weight[0].numel()  # (5)
+
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | Attention):
+            hooks.append(module.register_forward_hook(partial(count, part_of(name))))
+    forward(unet, x, 400, context)
+    for hook in hooks:
+        hook.remove()
+    for name, parameter in unet.named_parameters():
+        numbers[part_of(name)] += parameter.numel()
+    return numbers, work
+
+
+# %%
+with torch.device("meta"):
+    sd15 = UNet(UNetConfig(cross_attention_dim=768))  # the other defaults are Stable Diffusion 1.5's
+    sd_cost = cost(sd15, torch.empty(1, 4, 64, 64), torch.empty(1, 77, 768))
+costs = {"ours": cost(unet, noisy(400)[:1], context[:1]), "SD 1.5": sd_cost}
+assert [sum(each.values()) for each in sd_cost] == [859_520_964, 401_636_720_640]
+for name, (numbers, work) in costs.items():
+    print(f"{name:7}{sum(numbers.values()):12,} parameters, {sum(work.values()):15,} multiply-adds a run")
+
+# %%
+fig, axes = figures.canvas(8.6, 3.3, columns=2, width_ratios=(7, 9))
+order = ("down", "mid_block", "up")
+share, finest, coarsest = {}, {}, {}
+for ax, (name, both) in zip(axes, costs.items()):
+    parts = sorted((part for part in both[0] if part.split()[0] in order),
+                   key=lambda part: order.index(part.split()[0]))  # fmt: skip
+    share = [{part: 100 * each[part] / sum(each.values()) for part in parts} for each in both]
+    places = np.arange(len(parts))
+    ax.bar(places - 0.2, share[0].values(), 0.4, label="of the parameters")
+    ax.bar(places + 0.2, share[1].values(), 0.4, label="of the multiply-adds")
+    ax.set_xticks(places, [part.replace("_block", "dle").replace(" ", "\n") for part in parts])
+    ax.set_ylabel(f"{name}, %")
+    bottom = len(parts) // 2
+    finest[name] = [each[parts[0]] + each[parts[-1]] for each in share]
+    coarsest[name] = [sum(each[part] for part in parts[bottom - 1 : bottom + 2]) for each in share]
+axes[0].legend(frameon=False, fontsize=8)
+(p, w), (sd_p, sd_w) = finest.values()
+assert p < 10 and sd_p < 10 and w > 30 and sd_w > 30
+figures.title(fig, f"The finest level: {p:.0f} % (ours) and {sd_p:.0f} % (SD) of the parameters, "
+                   f"{w:.0f} and {sd_w:.0f} % of the work")  # fmt: skip
+figures.show(fig, "Bars for each part: parameters gather in the coarse parts, multiply-adds in the fine ones")
+
+# %%
+for name, (parameters, work) in coarsest.items():
+    print(f"{name:7} coarsest level with the middle: {parameters:4.1f} % of the parameters, {work:4.1f} % of the work")
+    assert work < parameters / 2
+
+# %% [markdown]
+# (5) says why: a convolution uses each of its parameters once a position, 256 times a run at 16 x 16 and 16 times at 4 x 4.
+# Whoever wants a *smaller file* saves at the bottom of the U, whoever wants a *faster run* at its rims.
+#
+# ### What it sees
+#
+# The same run, looked at: the channels of each level that vary most, half-way through the steps. The function works for any
+# model of `ldm`, and comes back at the end.
+
+
+# %%
+def last_bricks(unet):
+    """The last layer of every level, in the order they run."""
+    levels = {f"down {n}": level for n, level in enumerate(unet.down_blocks)}
+    levels |= {f"up {n}": level for n, level in enumerate(unet.up_blocks)}
+    bricks = {name: (level.attentions or level.resnets)[-1] for name, level in levels.items()}
+    return {"conv_in": unet.conv_in, **bricks, "middle": unet.mid_block}
+
+
+def mosaic(pipe, prompt, steps=10, columns=9, seed=1):
+    """Feature maps of every level, half-way through a run: in each the channels that vary most over the picture."""
+    seen = {}
+    hooks = [brick.register_forward_hook(lambda module, given, out, name=name: seen.update({name: out[-1]}))
+             for name, brick in last_bricks(pipe.unet).items()]  # fmt: skip
+    taken = list(itertools.islice(pipe.steps(prompt, seed=seed, steps=steps), steps // 2))
+    for hook in hooks:
+        hook.remove()
+    fig, axes = figures.canvas(8.4, 0.95 * len(seen) + 0.3, rows=len(seen), columns=columns)
+    for (name, maps), line in zip(seen.items(), axes):
+        most = maps.std((1, 2)).argsort(descending=True)[:columns]
+        for ax, picture in zip(line, maps[most]):
+            ax.imshow(picture.float().cpu(), cmap="gray", interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        line[0].set_ylabel(f"{name}\n{maps.shape[1]} x {maps.shape[2]}", fontsize=8)
+    t = pipe.schedule(steps)[taken[-1].i].t
+    figures.title(fig, f"“{prompt}” from inside, at t = {t:.0f}: coarser, then finer again")
+    return figures.show(fig, "Feature maps of each level, from noise over coarse areas back to noise", True)
+
+
+mosaic(pipe, prompts[0])
+
+# %% [markdown]
+# The first row is noise with a hint of a boat. On the way down boat, horizon and sky become areas; at the bottom 16 positions
+# are left. On the way up the areas get their edges back, and the last row is noise again. It has to be, by (4).
+#
+# ### What the skips carry
+#
+# The prediction is compared with the noise that is truly in the latents, over our twelve pictures. Then one skip at a time is
+# replaced by zeros, and last the middle.
+
+# %%
+names = ["conv_in", "down 0", "down 0 halved", "down 1", "down 1 halved", "down 2", "middle"]
+
+
+def without(k):
+    """An edit that silences skip k; number 6 is the middle."""
+
+    def edit(skips, h):
+        return [0 * skip if i == k else skip for i, skip in enumerate(skips)], 0 * h if k == len(skips) else h
+
+    return edit
+
+
+def error(prediction, truth=eps):
+    return (prediction - truth).pow(2).mean().item()
+
+
+grid = (20, 120, 300, 600, 900)
+rows = np.array([[error(forward(unet, noisy(t), t, context, edit=edit)) for t in grid]
+                 for edit in (None, *map(without, range(7)))])  # fmt: skip
+
+# %%
+fig, ax = figures.canvas(7.2, 3.4)
+ax.imshow(np.log10(rows / rows[0]), cmap=figures.RISING, aspect="auto", vmin=0, vmax=2.5)
+for r, c in np.ndindex(rows.shape):
+    ax.text(c, r, f"{rows[r, c]:.3f}", ha="center", va="center", fontsize=8,
+            color="black" if rows[r, c] > 40 * rows[0, c] else "white")  # fmt: skip
+ax.set_xticks(range(len(grid)), [f"t = {t}" for t in grid])
+ax.set_yticks(range(8), ["nothing silenced", *names])
+ax.grid(False)
+assert (rows[1] > 0.9).all(), "without the first skip the noise is not known at all"
+assert (rows[2:, 3:] < 0.1).all(), "where noise is strong, each of the others can go"
+assert (rows[5:] < 1.15 * rows[0]).all(), "the deepest are hardly missed"
+assert rows[4, 2] > 1.4 * rows[0, 2] and rows[2, 0] > 1.4 * rows[0, 0], "those between are"
+figures.title(fig, "Mean squared error of the predicted noise: the first skip carries it")
+figures.show(fig, "A table of errors: the row of the first skip is far above all others")
+
+# %% [markdown]
+# An error of 1 is what one makes who answers every question with zero, for $\epsilon$ has variance 1. So without the first skip
+# the network knows nothing of the noise. (Look at the first column as well: at t = 20 even the whole network is bad. So little
+# noise is left that it can hardly be told from the picture.) The skips between, "down 0" to "down 1", are missed where the
+# *picture* has to be known to the pixel. The deepest two and the middle are hardly missed.
+#
+# But zeros are something that a block has never seen, and the error might be mere confusion. A fairer test gives it something
+# real: the skip of *another picture*, with other noise. Whose noise does the network then report?
+
+# %%
+turned = torch.arange(12).roll(1)
+
+
+def exchanged(k):
+    """An edit that gives every picture its neighbour's skip k."""
+
+    def edit(skips, h):
+        return [skip[turned] if i == k else skip for i, skip in enumerate(skips)], h[turned] if k == 6 else h
+
+    return edit
+
+
+print("t = 900, the neighbour's ...   error against one's own noise   against the neighbour's")
+for k, name in enumerate(names):
+    prediction = forward(unet, noisy(900), 900, context, edit=exchanged(k))
+    own, other = error(prediction), error(prediction, eps[turned])
+    print(f"{name:>28}{own:32.3f}{other:26.3f}")
+    assert (other < 0.1 < 1.5 < own) if k == 0 else (own < 0.1 < 1.5 < other)
+
+# %% [markdown]
+# The network reports the noise of the picture whose *first skip* it was given. That is (4): a copy of $x_t$ takes the short way,
+# and all the rest of the network works out what to take off it.
+#
+# And in the pictures? One part is silenced at every step; below stands how far the picture moved, in grey levels.
+
+
+# %%
+def draw(network, prompt, steps=10, s=3.0, seed=1):
+    """A picture with a network of our own, (x, t, context) -> eps, in the UNet's place."""
+    words = pipe.encode(["", prompt])  # (2, 77, 128)
+    halves = halves_together(lambda x, level: Output(network(x, level.t, words)))
+    return pipe(prompt, seed=seed, steps=steps, network=classifier_free(halves, s)).images[0]
+
+
+original = [draw(partial(forward, unet), prompt) for prompt in prompts]
+strip = {name: [draw(partial(forward, unet, edit=without(k)), prompt) for prompt in prompts]
+         for k, name in enumerate(names)}  # fmt: skip
+distance = {name: [grey_levels(*pair) for pair in zip(images, original)] for name, images in strip.items()}
+labels = [[f"{name}: {distance[name][row]:.1f}" for name in names] for row in range(2)]
+assert min(distance["conv_in"]) > 40 and min(distance["down 1"]) > 3 * max(distance["middle"])
+figures.pictures(list(zip(*strip.values())), labels, inches=1.5,
+                 heading="Silenced at every step: the first skip is the noise, “down 1” is what things are made of")
+
+# %% [markdown]
+# What of this holds for Stable Diffusion? That the finest skips carry the noise is (4), and holds for every network that
+# predicts $\epsilon$. That the middle does next to nothing is first of all a fact about ours: in so simple a world 4 x 4
+# positions have little to add. But Kim et al. 2024 (BK-SDM) found much the same there, and left the middle out of
+# their smaller models altogether.
+#
+# ### Where the time goes in
+#
+# The shift in (2) is `time_emb_proj`, in each of eleven blocks. The part of it that never changes is a mere bias; what moves
+# with $t$ is the clock. Here it is measured against what it is added to.
+
+# %%
+blocks = {name: module for name, module in unet.named_modules() if hasattr(module, "time_emb_proj")}
+order = sorted(blocks, key=lambda name: ("down", "mid_", "up_b").index(name[:4]))
+steps = (20, 120, 250, 400, 550, 700, 850, 980)
+size = {}
+hooks = [block.conv1.register_forward_hook(lambda m, given, out, name=name: size.update({name: out.std((0, 2, 3))}))
+         for name, block in blocks.items()]  # fmt: skip
+with torch.no_grad():
+    emb = unet.time_embedding(waves(times, width))  # (1000, 192)
+    moving = {name: block.time_emb_proj(F.silu(emb)) for name, block in blocks.items()}  # (1000, C)
+    moving = {name: shift - shift.mean(0) for name, shift in moving.items()}
+ratios = []
+for t in steps:
+    forward(unet, noisy(t)[:4], t, context[:4])
+    ratios.append([(moving[name][t].norm() / size[name].norm()).item() for name in order])
+for hook in hooks:
+    hook.remove()
+ratios = np.array(ratios).T  # (11, 8)

@@ -241,10 +241,9 @@ fig, ax = figures.canvas(7.2, 2.8)
 image = ax.imshow(100 * share, aspect="auto", cmap=figures.RISING)
 sides = [skip.shape[-1] for skip in skips]
 ax.set_yticks(range(len(share)), [*(f"skip {k} ({s}×{s})" for k, s in enumerate(sides)), "middle"])
-ax.set(xlabel="step (noise on the left)")
+ax.set(xlabel="step (noise on the left)", xticks=range(0, 20, 5))
 ax.grid(False)
 fig.colorbar(image, ax=ax, label="% of the skip's size")
-loudest = int(share.mean(axis=1).argmax())
 figures.title(fig, "How loud the net is, place by place and step by step")
 figures.show(fig, "A heat map: size of the residuals over places and steps")
 
