@@ -42,7 +42,8 @@ def missing():
 
 if missing() and os.environ.get("LDM_BROWSER") != "1":
     reason = (
-        f"The page can be tried only in a browser, and here there is no {missing()}: apt-get install chromium-driver."
+        f"The page can be tried only in a browser, and here there is no {missing()}: "
+        "apt-get install chromium chromium-driver, and pip install selenium."
     )
     pytest.skip(reason, allow_module_level=True)
 
@@ -69,12 +70,14 @@ def runs(tmp_path_factory):
     """Runs of a tiny model, and pages of them."""
     folder = tmp_path_factory.mktemp("pages")
     pipe = ldm.load(tiny_model(folder / "tiny"))
-    first = pipe.trace("a large red house, a tree", seed=3, steps=STEPS)
+    first = pipe.trace("a large red house, a tree", seed=3, steps=STEPS, width=256)  # a sheet of two rows
     other = pipe.trace("a red boat", seed=4, steps=2, sampler="ddim", guidance=1)
     page.write(first, folder / "one.html")
     page.write(first, folder / "two.html", other)
-    parts = [page.html(first), page.html(first), page.html(other)]
-    (folder / "several.html").write_text("<meta charset=utf-8><p id=x>" + "".join(parts), encoding="utf-8")
+    parts = [page.html(each).partition("<script>") for each in (first, first, other)]
+    places = "".join(place for place, _, _ in parts)
+    scripts = "".join(start + script for _, start, script in reversed(parts))  # each finds its own place
+    (folder / "several.html").write_text(f"<meta charset=utf-8><p id=x>{places}{scripts}", encoding="utf-8")
     return SimpleNamespace(folder=folder, first=first, other=other)
 
 
@@ -313,7 +316,7 @@ def test_two_runs_side_by_side(opened, runs):
         latents = [
             run.steps[k].x_before if k < len(run) else run.result.x0 for run, k in ((runs.first, a), (runs.other, b))
         ]
-        for x, found in zip(np.concatenate([x[0].numpy() for x in latents]), stepper.pixels("x"), strict=True):
+        for x, found in zip([x for each in latents for x in each[0].numpy()], stepper.pixels("x"), strict=True):
             assert np.abs(found - greys(x, limit)).max() < 2
         stepper.press(keys().ARROW_RIGHT)
     assert "This run is not guided: there is nothing to subtract." in stepper.said("absent")

@@ -5,6 +5,7 @@ matplotlib (the extra `notebooks`) is imported on use. `pictures` lays pictures 
 """
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,8 @@ def tidy(ax: "Axes") -> None:
 
 def title(fig: "Figure", text: str) -> None:
     """What the figure shows, said as a sentence above it."""
-    fig.suptitle(text, x=0.01, ha="left", fontsize=11.5, fontweight="bold", color=INK, family=FONT)
+    lines = textwrap.fill(text, max(int(11 * fig.get_figwidth()), 20))  # bold letters of this size: 11 an inch
+    fig.suptitle(lines, x=0.01, ha="left", fontsize=11.5, fontweight="bold", color=INK, family=FONT)
 
 
 def show(fig: "Figure", alt: str, photographic: bool = False) -> Shown:
