@@ -69,9 +69,7 @@ def masters(wanted: Sequence[str] = ()) -> list[Path]:
     found = sorted(MASTERS.glob("[0-9][0-9]_*.py"))
     chosen = [path for path in found if not wanted or path.stem.startswith(tuple(wanted))]
     if not chosen:
-        raise SystemExit(
-            f"No master begins with {' or '.join(wanted)}: there are {', '.join(p.stem for p in found)}."
-        )
+        raise SystemExit(f"No master begins with {' or '.join(wanted)}: there are {', '.join(p.stem for p in found)}.")
     return chosen
 
 
@@ -109,12 +107,8 @@ def view(master: Path, student: bool) -> NotebookNode:
             try:
                 cell.source = change(cell.source)
             except ValueError as error:
-                raise SystemExit(
-                    f"{master.name}: {error}, in the cell that begins {cell.source[:60]!r}"
-                ) from None
-    place = (
-        f"notebooks/student/{master.stem}.ipynb" if student else f"notebooks/{master.stem}.ipynb"
-    )
+                raise SystemExit(f"{master.name}: {error}, in the cell that begins {cell.source[:60]!r}") from None
+    place = f"notebooks/student/{master.stem}.ipynb" if student else f"notebooks/{master.stem}.ipynb"
     head = [new_markdown_cell(badge(place))] if badge(place) else []
     book.cells[1:1] = [*head, new_code_cell(INSTALL)]
     for k, cell in enumerate(book.cells):
@@ -151,18 +145,14 @@ class Ran:
 
 def run(name: str, book: NotebookNode, strict: bool) -> Ran:
     """Execute a notebook in a kernel of its own, from top to bottom, without a network."""
-    os.environ.update(
-        {"LDM_STRICT": str(int(strict)), "LDM_READER": "reader", "OMP_NUM_THREADS": "1"}
-    )
+    os.environ.update({"LDM_STRICT": str(int(strict)), "LDM_READER": "reader", "OMP_NUM_THREADS": "1"})
     os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
     book.cells.insert(0, new_code_cell(OFFLINE))
     client = NotebookClient(
         book,
         timeout=10 * MOST_CELL,
         resources={"metadata": {"path": str(HERE)}},
-        extra_arguments=[
-            "--log-level=40"
-        ],  # errors alone: the kernel's own remarks are nobody's business
+        extra_arguments=["--log-level=40"],  # errors alone: the kernel's own remarks are nobody's business
     )
     began, problems = time.monotonic(), ()
     try:
@@ -232,14 +222,8 @@ def stale(master: Path) -> list[str]:
             found.append(f"{name} is missing")
             continue
         book, fresh = nbformat.read(path, as_version=4), view(master, student)
-        bare = [
-            {k: v for k, v in cell.items() if k not in ("outputs", "execution_count")}
-            for cell in book.cells
-        ]
-        wanted = [
-            {k: v for k, v in cell.items() if k not in ("outputs", "execution_count")}
-            for cell in fresh.cells
-        ]
+        bare = [{k: v for k, v in cell.items() if k not in ("outputs", "execution_count")} for cell in book.cells]
+        wanted = [{k: v for k, v in cell.items() if k not in ("outputs", "execution_count")} for cell in fresh.cells]
         if bare != wanted or book.metadata != fresh.metadata:
             found.append(f"{name} is not what its master says")
         if path.stat().st_size > MOST_BYTES:
@@ -250,9 +234,7 @@ def stale(master: Path) -> list[str]:
         if not student and [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
             found.append(f"{name} was not run from top to bottom")
         outputs = [output for cell in code for output in cell.outputs]
-        if any(
-            output.output_type == "error" or output.get("name") == "stderr" for output in outputs
-        ):
+        if any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs):
             found.append(f"{name} holds an error or a warning")
     return found
 
@@ -277,9 +259,7 @@ def execute(paths: list[Path], processes: int) -> int:
     ran = run_all(jobs, processes)
     slow = [one for one in ran if one.slowest > MOST_CELL or one.seconds > MOST_NOTEBOOK]
     problems = [f"{one.name}: {problem}" for one in ran for problem in one.problems]
-    problems += [
-        f"{one.name} is too slow: at most {MOST_NOTEBOOK} s, {MOST_CELL} s a cell" for one in slow
-    ]
+    problems += [f"{one.name} is too slow: at most {MOST_NOTEBOOK} s, {MOST_CELL} s a cell" for one in slow]
     return complain(problems)
 
 
@@ -290,21 +270,11 @@ def complain(problems: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "numbers", nargs="*", help="of notebooks: 06, or more of the name; all, if left out"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="only compare the generated files with the masters"
-    )
-    parser.add_argument(
-        "--execute", action="store_true", help="run both views of each, and write nothing"
-    )
-    parser.add_argument(
-        "--processes", type=int, default=2, help="notebooks run at the same time (default: 2)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="*", help="of notebooks: 06, or more of the name; all, if left out")
+    parser.add_argument("--check", action="store_true", help="only compare the generated files with the masters")
+    parser.add_argument("--execute", action="store_true", help="run both views of each, and write nothing")
+    parser.add_argument("--processes", type=int, default=2, help="notebooks run at the same time (default: 2)")
     args = parser.parse_args(argv)
     if args.check:
         return check()

@@ -3,8 +3,8 @@
 Also that a check never stops a notebook, and does where it is told to be strict.
 """
 
-import torch
 import pytest
+import torch
 
 import ldm
 from ldm.errors import LDMError
@@ -172,3 +172,7 @@ def test_strict_is_strict(capsys, monkeypatch):
             ldm.check("06.1", answer)
     with pytest.raises(LDMError, match="no exercise"):
         ldm.check("06.9", find("06.1").right)
+    ldm.check("06.1", strict=False)
+    monkeypatch.delenv("LDM_STRICT")
+    with pytest.raises(LDMError, match="to do"):
+        ldm.check("06.1", strict=True)

@@ -151,7 +151,7 @@ def drawn(n, words=("a", "large", "red", "house", "on", "snow", "at", "night")):
     ]
     maps = {(word, k): random(16, 16).abs() for word in range(len(words)) for k in range(n)}
     record = SimpleNamespace(
-        maps=SimpleNamespace(every_call=True), map=lambda tokens, step, picture: maps[tokens[0], step]
+        calls=[], maps=SimpleNamespace(every_call=True), map=lambda tokens, step, picture: maps[tokens[0], step]
     )
 
     def decode(x0):
@@ -240,15 +240,24 @@ def test_a_run_of_part_of_the_road_or_of_no_step(pipe, trace):
     assert found["sentence"] == [["a tree", -1]]
 
 
+def test_a_run_that_is_led_says_so(trace):
+    assert "ControlNet" not in shown.read(trace, 0).about
+    calls = [SimpleNamespace(residuals=None), SimpleNamespace(residuals=torch.ones(3, 2))]
+    record = SimpleNamespace(calls=calls, maps=trace.record.maps, map=trace.record.map)
+    assert " · led by ControlNet · " in shown.read(replace(trace, record=record), 0).about
+
+
 def test_missing_maps_are_said(trace):
     def refuse(*args, **options):
         raise LDMError("A run in tiles has no maps.")
 
-    record = SimpleNamespace(maps=SimpleNamespace(every_call=True), map=refuse)
+    record = SimpleNamespace(calls=[], maps=SimpleNamespace(every_call=True), map=refuse)
     read = shown.read(replace(trace, record=record), 0)
     assert read.data["notes"] == ["Without attention maps. A run in tiles has no maps."] and read.words is None
     assert page.fallback(read, 0).count("<img") == 1
-    mean = SimpleNamespace(maps=SimpleNamespace(every_call=False), map=lambda tokens, picture: trace.record.map(tokens))
+    mean = SimpleNamespace(
+        calls=[], maps=SimpleNamespace(every_call=False), map=lambda tokens, picture: trace.record.map(tokens)
+    )
     found = shown.read(replace(trace, record=mean), 0).data
     assert found["notes"] == [
         "The attention maps are the mean over all steps: single ones took more memory than was given."
@@ -363,7 +372,9 @@ def test_other_runs_are_paired_by_their_place_between_noise_and_picture():
 
 def test_what_two_runs_differ_in_is_said(pipe):
     first = pipe.settings("a tree", seed=1, steps=4)
-    assert page.differences(first, first, 0) == "A and B have the same settings."
+    assert page.differences(first, first, 0) == (
+        "A and B have the same settings, to which models, given pictures and ControlNets don't belong."
+    )
     other = pipe.settings("a house", seed=2, steps=4, sampler="ddim", guidance=3.5, negative="blue", strength=0.5)
     assert page.differences(first, other, 0) == (
         "A and B differ in seed (1 | 2), prompt, negative (“” | blue), sampler (dpm++2m | ddim), guidance (2 | 3.5), "

@@ -65,10 +65,11 @@ class Verdict(NamedTuple):
     sentence: str
 
 
-def check(name: str, answer: object = ...) -> None:
+def check(name: str, answer: object = ..., *, strict: bool | None = None) -> None:
     """Say whether an exercise's answer is right, and if not, what is wrong with it: `ldm.check("06.1", cfg)`.
 
-    Raises LDMError for anything but a right answer if LDM_STRICT is 1, and otherwise nothing.
+    Raises LDMError for anything but a right answer if `strict`, and otherwise nothing. Left out, `strict` is whether
+    LDM_STRICT is 1 in the environment.
     """
     try:
         exercise = find(name)
@@ -77,7 +78,8 @@ def check(name: str, answer: object = ...) -> None:
     else:
         verdict, asks = judge(exercise, answer, seed_of(name)), exercise.asks
     line = f"{SIGNS[verdict.state]} {name} ({asks}): {verdict.sentence}"
-    if verdict.state != RIGHT and os.environ.get(STRICT) == "1":
+    strict = os.environ.get(STRICT) == "1" if strict is None else strict
+    if strict and verdict.state != RIGHT:
         raise LDMError(line)
     print(line)
 

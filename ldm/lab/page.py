@@ -169,7 +169,9 @@ def differences(a: "Settings", b: "Settings", picture: int) -> str:
         for name in mine
         if mine[name] != theirs[name]
     ]
-    return f"A and B differ in {', '.join(found)}." if found else "A and B have the same settings."
+    if found:
+        return f"A and B differ in {', '.join(found)}."
+    return "A and B have the same settings, to which models, given pictures and ControlNets don't belong."
 
 
 def settings_of(settings: "Settings", picture: int) -> dict:

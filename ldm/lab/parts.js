@@ -86,7 +86,7 @@ function lay(run, values, target) {
 /** A bar of colours between two numbers. */
 function legend() {
   const bar = canvas(64, 1, "legend", "bar");
-  const low = element("span"), high = element("span");
+  const low = element("span", {}, "0"), high = element("span", {}, "0"); // one that is hidden keeps its place
   bar.setAttribute("aria-hidden", "true");
   function show(from, to, table) {
     low.textContent = from;

@@ -59,7 +59,8 @@ def read(trace: "Trace", picture: int, letter: str = "") -> Shown:
     steps, grid = sheet(decoded, [str(k + 1) for k in range(len(decoded) - 1)] + ["end"])
     words, maps, note = maps_of(trace, picture)
     pull, unguided = guidance_of(trace, picture)
-    prompt, settings = trace.settings.prompt[picture], headline(trace.settings, picture)
+    led = any(call.residuals is not None for call in trace.record.calls)
+    prompt, settings = trace.settings.prompt[picture], headline(trace.settings, picture, led)
     small, levels = pooled(x), levels_of(trace)
     data = {
         "letter": letter, "settings": settings, "notes": [note] if note else [], "unguided": unguided,
@@ -90,8 +91,8 @@ def rows_of(trace: "Trace", levels: Sequence["Level"]) -> list[list]:
     return [[row.i, *map(five, row[1:4]), s if s is None else five(s)] for row, s in zip(levels, seconds, strict=True)]
 
 
-def headline(settings: "Settings", picture: int) -> str:
-    """The settings of a run in a line."""
+def headline(settings: "Settings", picture: int, led: bool) -> str:
+    """The settings of a run in a line; `led` by ControlNets."""
     s = settings
     sigmas = "" if s.sigmas == "spaced" else f", {s.sigmas} levels" if isinstance(s.sigmas, str) else ", levels given"
     parts = [f"seed {s.seeds[picture]}", f"{s.sampler}, {s.steps} steps{sigmas}"]
@@ -100,6 +101,7 @@ def headline(settings: "Settings", picture: int) -> str:
         parts.append(f"away from “{s.negative[picture]}”")
     if s.strength is not None:
         parts.append(f"strength {s.strength:g}, so {s.steps - s.first} of the steps")
+    parts += ["led by ControlNet"] if led else []
     return " · ".join([*parts, f"{s.width} × {s.height} pixels"])
 
 

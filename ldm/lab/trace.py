@@ -26,6 +26,7 @@ from ldm.settings import Settings
 from ldm.text.tokenizer import END, Tokenizer
 
 if TYPE_CHECKING:
+    from ldm.lab.page import Stepper
     from ldm.pipeline import Pipeline
 
 
@@ -115,7 +116,7 @@ class Trace:
             )
         return found[0].tokens
 
-    def show(self, other: "Trace | None" = None, picture: int = 0) -> None:
+    def show(self, other: "Trace | None" = None, picture: int = 0) -> "Stepper":
         """The stepper in a notebook, beside that of another trace if one is given."""
         from ldm.lab import page
 
