@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +36,7 @@ PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf
 BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
 MOST_BYTES = 500_000  # of a generated notebook
 MOST_CELL, MOST_NOTEBOOK = 60, 300  # seconds, on two cores
+STAND_INS = {"LDM_SD15": "scenes", "LDM_SD15_CANNY": "scenes-canny"}  # variable: an embedded model
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 INSTALL = f"""# Where ldm is installed, this does nothing. (The package called "ldm" on PyPI is another one.)
@@ -143,10 +144,13 @@ class Ran:
     book: NotebookNode
 
 
-def run(name: str, book: NotebookNode, strict: bool) -> Ran:
-    """Execute a notebook in a kernel of its own, from top to bottom, without a network."""
-    os.environ.update({"LDM_STRICT": str(int(strict)), "LDM_READER": "reader", "OMP_NUM_THREADS": "1"})
-    os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
+def run(name: str, book: NotebookNode, strict: bool, stand_in: bool = False) -> Ran:
+    """Execute a notebook in a kernel of its own, from top to bottom, without a network.
+
+    `stand_in`: the embedded models take the places of the real ones, so that the cells for these are run as well.
+    """
+    models = {name: str(HERE.parent / "weights" / folder) if stand_in else "" for name, folder in STAND_INS.items()}
+    told = {"LDM_STRICT": str(int(strict)), "LDM_READER": "reader", "OMP_NUM_THREADS": "1"}
     book.cells.insert(0, new_code_cell(OFFLINE))
     client = NotebookClient(
         book,
@@ -156,7 +160,7 @@ def run(name: str, book: NotebookNode, strict: bool) -> Ran:
     )
     began, problems = time.monotonic(), ()
     try:
-        client.execute()
+        client.execute(env=os.environ | models | told)
     except CellExecutionError as error:
         problems = (re.sub(r"\x1b\[[0-9;]*m", "", str(error)),)
     seconds, slowest = time.monotonic() - began, 0.0
@@ -183,10 +187,10 @@ def took(cell: NotebookNode) -> float:
     return (end - start).total_seconds()
 
 
-def run_all(jobs: list[tuple[str, NotebookNode, bool]], processes: int) -> list[Ran]:
+def run_all(jobs: list[tuple[str, NotebookNode, bool, bool]], processes: int) -> list[Ran]:
     """Run notebooks beside each other, and print a line for each as it ends."""
     done = []
-    with ProcessPoolExecutor(processes) as pool:
+    with ThreadPoolExecutor(processes) as pool:
         for ran in pool.map(run, *zip(*jobs, strict=True)):
             mark = "FAILED" if ran.problems else "ok"
             print(
@@ -203,7 +207,7 @@ def run_all(jobs: list[tuple[str, NotebookNode, bool]], processes: int) -> list[
 def build(paths: list[Path], processes: int) -> int:
     """Write both views of these masters."""
     STUDENT.mkdir(exist_ok=True)
-    ran = run_all([(path.stem, view(path, student=False), True) for path in paths], processes)
+    ran = run_all([(path.stem, view(path, student=False), True, False) for path in paths], processes)
     for path, one in zip(paths, ran, strict=True):
         if not one.problems:
             for folder, book in ((HERE, one.book), (STUDENT, view(path, student=True))):
@@ -254,8 +258,8 @@ def check() -> int:
 
 def execute(paths: list[Path], processes: int) -> int:
     """Run solutions, where every check must say right, and student's views, where nothing may stop."""
-    jobs = [(path.stem, view(path, student=False), True) for path in paths]
-    jobs += [(f"student/{path.stem}", view(path, student=True), False) for path in paths]
+    jobs = [(path.stem, view(path, student=False), True, True) for path in paths]
+    jobs += [(f"student/{path.stem}", view(path, student=True), False, False) for path in paths]
     ran = run_all(jobs, processes)
     slow = [one for one in ran if one.slowest > MOST_CELL or one.seconds > MOST_NOTEBOOK]
     problems = [f"{one.name}: {problem}" for one in ran for problem in one.problems]

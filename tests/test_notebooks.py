@@ -237,7 +237,7 @@ def test_failing_and_slow_notebooks_are_named(build, tiny, monkeypatch, capsys):
         build,
         "run_all",
         lambda jobs, processes: [
-            build.Ran(name, 301.0, 3.0, ("it broke",) * strict, book) for name, book, strict in jobs
+            build.Ran(name, 301.0, 3.0, ("it broke",) * strict, book) for name, book, strict, _ in jobs
         ],
     )
     assert build.execute([master], 1) == 1

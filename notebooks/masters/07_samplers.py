@@ -338,12 +338,12 @@ figures.show(
 #
 # ### The network
 #
-# The embedded model's $\epsilon$ has no closed form, but many small steps do as truth: 100 of `unipc2`, a method that takes no part
+# The embedded model's $\epsilon$ has no closed form, but many small steps do as truth: 120 of `unipc2`, a method that takes no part
 # in the comparison. Three sentences, no guidance, and the distance of the last latents from those, as a share of their length.
 
 # %%
 budgets = (5, 10, 20, 50)
-truth = final(pipe, prompts, "unipc2", 100)
+truth = final(pipe, prompts, "unipc2", 120)
 
 
 def distance(x, truth):
@@ -354,11 +354,11 @@ def distance(x, truth):
 away = {name: np.array([distance(final(pipe, prompts, name, asked), truth) for asked in budgets])
         for name in ("ddim", "heun", "dpm++2m", "dpm++3m")}  # fmt: skip
 typical = {name: np.median(found, axis=1) for name, found in away.items()}
-witness = np.median(distance(final(pipe, prompts, "unipc2", 50), truth))
+witness = np.median(distance(final(pipe, prompts, "unipc2", 60), truth))
 print("evaluations", *(f"{asked:8}" for asked in budgets))
 for name, found in typical.items():
     print(f"{name:11}", *(f"{x:8.4f}" for x in found))
-print(f"The truth is known to about {witness:.4f}: so far from it lie 50 steps of unipc2.")
+print(f"The truth is known to about {witness:.4f}: so far from it lie 60 steps of unipc2.")
 
 # %%
 fig, ax = figures.canvas(7.2, 3.4)
@@ -398,11 +398,10 @@ grid(pipe, prompts, tuple(away), budgets, "Four samplers, four prices: by 50 all
 two = prompts[:2]
 strong = final(pipe, two, "unipc2", 40, 4.0)
 five = {name: final(pipe, two, name, 5, 4.0) for name in away}
-for name, x in five.items():
-    print(
-        f"{name:8} guidance 4: {distance(x, strong).mean():.2f}    without: {away[name][0, :2].mean():.2f}"
-    )
-    assert (distance(x, strong).mean() < 0.8) == (name == "ddim")
+away_by = {name: distance(x, strong).mean() for name, x in five.items()}
+for name, found in away_by.items():
+    print(f"{name:8} guidance 4: {found:.2f}    without: {away[name][0, :2].mean():.2f}")
+    assert (found < 0.8) == (name == "ddim")
 shown = [pipe.decode(x) for x in (strong, *five.values())]
 figures.pictures([[row[k] for row in shown] for k in (0, 1)], ["40 steps", *five],
                  heading="5 evaluations on Karras' levels, guidance 4: DDIM alone stays whole")  # fmt: skip
@@ -431,10 +430,8 @@ def spaced(sampler, **levels):
 
 ended = {name: [spaced(sampler, **levels) for sampler in ("ddim", "dpm++2m")]
          for name, levels in choices.items()}  # fmt: skip
-rows = {
-    name: [level.ratio for level in pipe.schedule(**levels).levels]
-    for name, levels in choices.items()
-}
+rows = {name: [level.ratio for level in pipe.schedule(**given).levels]
+        for name, given in choices.items()}  # fmt: skip
 late = spaced("dpm++2m", sigmas=(*choose_sigmas("karras", rows["leading"][0], 0.03, 16), 0.0))
 for name, (ddim, second) in ended.items():
     between = sum(0.5 < r < 6 for r in rows[name])
@@ -452,16 +449,11 @@ for k, (name, ratios) in enumerate(rows.items()):
 left.set(xlabel="r, noise on the left (0.02 stands for 0)", xlim=(20, 0.015), yticks=[0, -1, -2],
          yticklabels=list(choices), ylim=(-2.5, 0.5))  # fmt: skip
 right.set(xlabel="distance (full: ddim, pale: dpm++2m)", yticks=[], ylim=(-2.5, 0.5))
-assert (
-    ended["trailing"][1] < 0.8 * ended["trailing"][0]
-    and ended["karras"][1] > 2 * ended["karras"][0]
-)
-assert late > 0.8 * min(ended["leading"]), "leading's error is that of its beginning"
-figures.title(fig, "Five levels: on trailing ones 2M is ahead of DDIM, on Karras' it breaks")
-figures.show(
-    fig,
-    "Left: the levels of three spacings; right: distance from the truth with DDIM and 2M on each",
-)
+ddim, second = zip(*ended.values(), strict=True)
+assert second[1] < 1.05 * ddim[1] and second[2] > 2 * ddim[2]
+assert late > 0.7 * min(ended["leading"]), "leading's error is that of its beginning"
+figures.title(fig, "Five levels: on trailing ones 2M is no worse than DDIM, on Karras' it breaks")
+figures.show(fig, "Left: the levels of three spacings; right: distances of DDIM and 2M on each")
 
 # %% [markdown]
 # So it was not the order alone. Karras' five levels cross the middle of the road, where the picture is decided, in two leaps,
@@ -514,9 +506,7 @@ def summed(eps, y, r, s, past):  # Heun without the half
     return y + (s - r) * (slope + eps(y + (s - r) * slope, s))
 
 
-def told_late(
-    eps, y, r, s, past
-):  # DDIM, an index off by one: the network is told the level that comes next
+def told_late(eps, y, r, s, past):  # DDIM, an index off by one: the network is told the next level
     return y + (s - r) * eps(y, s)
 
 
@@ -538,24 +528,51 @@ def to_nothing(eps, y, r, s, past):  # 2M that draws its line into the last step
 
 
 # %%
-old = []  # the fault: a list that is never emptied, as a default argument or a class keeps it
+faults = {"heun, 2nd slope alone": second_alone, "heun, sum without half": summed,
+          "ddim, told late": told_late, "2m, steps as if even": even_steps}  # fmt: skip
+broken = {name: [error(by_hand_to(fault), n) for n in steps] for name, fault in faults.items()}
+got = {name: slope(steps[2:], found[2:]) for name, found in (errors | broken).items()}
+for name, found in (errors | broken).items():
+    print(
+        f"{name:24} order {got[name]:5.2f}   error of 20 steps {found[1]:7.4f}, of 320 {found[-1]:.1e}"
+    )
+assert abs(got["heun, 2nd slope alone"] - 1) < 0.15 and abs(got["heun, sum without half"]) < 0.1
+assert abs(got["ddim, told late"] - 1) < 0.15
+assert broken["ddim, told late"][-1] > 4 * errors["ddim"][-1]
+assert abs(got["2m, steps as if even"] - 2) < 0.15
+
+# %% [markdown]
+# Forget the mean, and the second order is gone; forget the half, and no number of steps helps. The
+# index off by one keeps its order and multiplies the error. And one fault goes through: as there are
+# more levels, neighbouring steps become equal, so to take them for equal costs no order, and here
+# not even accuracy. A measured order proves that a method converges, and how fast; not that it is
+# the method of the paper. For that one compares it with another's, as above.
+#
+# Two faults are left that the order doesn't see, for they strike a single step: a **past that is
+# another run's**, in a list that is never emptied, and **(6) used for the step to zero**, where
+# $\log(r/s)$ is infinite. So look at what faults do to a picture, all with 20 steps.
 
 
-def second_hand(levels):
-    return walk(dpmpp_2m, gauss, begin, levels, old)
+# %%
+def picture(method, which=0, past=None):
+    """The last latent of one of the sentences, walked by hand in 20 steps without guidance."""
+    run = pipe.prepare(prompts[which], seed=which, sigmas=levels_of(pipe, 20), guidance=1)
+    ratios = [level.ratio for level in run.schedule.levels]
+    return walk(method, slope_of(run), run.x / run.schedule[0].alpha, ratios, past)
 
 
-faults = {"heun: 2nd slope alone": by_hand_to(second_alone), "heun: sum, no half": by_hand_to(summed),
-          "ddim: told late": by_hand_to(told_late), "2m: steps as if even": by_hand_to(even_steps),
-          "2m: another's past": second_hand}  # fmt: skip
-broken = {name: [error(run, n) for n in steps] for name, run in (runs | faults).items()}
-got = {name: slope(steps[2:], found[2:]) for name, found in broken.items()}
-for name in ("ddim", "heun", "dpm++2m", *faults):
-    print(f"{name:22} order {got[name]:5.2f}   error of 40 steps {broken[name][2]:.4f}")
-late = broken["ddim: told late"][-1] / broken["ddim"][-1]
-print(f"told late: {late:.1f} times DDIM's error")
-levels = choose_sigmas("karras", 14.6, 0.03, 21).tolist()
-again = (second_hand(levels) - second_hand(levels[:-1] + [0.02])).abs().max().item()
-assert abs(got["heun: 2nd slope alone"] - 1) < 0.15 and abs(got["heun: sum, no half"]) < 0.1
-assert abs(got["ddim: told late"] - 1) < 0.15 and late > 4
-assert all(abs(got[name] - 2) < 0.15 for name in ("2m: steps as if even", "2m: another's past"))
+shelf = []  # never emptied
+picture(dpmpp_2m, which=1, past=shelf)  # the flower first ...
+seen = {
+    "2m": picture(dpmpp_2m),
+    "2m, a flower's past": picture(dpmpp_2m, past=shelf),
+}  # ... then the boat
+for name in ("ddim, told late", "heun, 2nd slope alone", "heun, sum without half"):
+    seen[name] = picture(faults[name])
+for name, x in seen.items():
+    print(f"{name:24} distance from 2m {distance(x, seen['2m'])[0]:.4f}   size {x.std():.2f}")
+nothing = picture(to_nothing)
+share = 100 * (~nothing.isfinite()).float().mean()
+print(f"2m into the step to zero: {share:.0f} % of the latent are no finite numbers")
+figures.pictures([pipe.decode(x)[0] for x in seen.values()], [name.replace(", ", "\n") for name in seen],
+                 heading="The same noise, 20 steps: what faults look like")  # fmt: skip
