@@ -3,8 +3,8 @@
     python notebooks/export.py otter assignments/ 06        one folder a notebook, for `otter assign`
     python notebooks/export.py nbgrader source/ 05 06       one folder a notebook, for `nbgrader generate_assignment`
 
-The check that grades is the reader's own, `ldm.check`, told to be strict; readers' seeds come from LDM_READER, which a
-grader may set. Neither grader is needed to read or to write these files.
+The check that grades is the reader's own, `ldm.check`; readers' seeds come from LDM_READER, which a grader may set.
+Neither grader is needed to read or to write these files.
 """
 
 import argparse
@@ -16,18 +16,19 @@ import build
 import jupytext
 import nbformat
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_raw_cell
+from nbformat.v4 import new_code_cell, new_output, new_raw_cell
 
 from ldm.io.atomic import atomic_file
+from ldm.lab.check import RIGHT, Verdict, find, line_of
 
 
 def parts(cell: NotebookNode) -> tuple[str, str, str]:
-    """An exercise's cell: the answer with its markers, the check's line, the exercise's name ("06.1")."""
+    """An exercise's cell: the answer with its markers, the check, the exercise's name ("06.1")."""
     lines = cell.source.rstrip().split("\n")
     if not lines[-1].startswith("ldm.check("):
         raise SystemExit(f"An exercise's cell must end with its check: {lines[-1]!r}")
     name = lines[-1].split('"')[1]
-    return "\n".join(lines[:-1]).rstrip(), lines[-1][:-1] + ", strict=True)", name
+    return "\n".join(lines[:-1]).rstrip(), lines[-1], name
 
 
 def exercise(cell: NotebookNode) -> bool:
@@ -54,7 +55,9 @@ def for_otter(book: NotebookNode, stem: str) -> None:
             new_raw_cell("# END SOLUTION"),
             new_raw_cell("# BEGIN TESTS"),
         ]
-        cells += [new_code_cell(check), new_raw_cell("# END TESTS"), new_raw_cell("# END QUESTION")]
+        # otter compares what a test prints with what it printed for the solution.
+        said = new_output("stream", name="stdout", text=line_of(name, find(name).asks, Verdict(RIGHT, "right.")) + "\n")
+        cells += [new_code_cell(check, outputs=[said]), new_raw_cell("# END TESTS"), new_raw_cell("# END QUESTION")]
     book.cells = cells
 
 
@@ -66,7 +69,7 @@ def for_nbgrader(book: NotebookNode, stem: str) -> None:
             cells.append(cell)
             continue
         answer, check, name = parts(cell)
-        for kind, source in (("answer", answer), ("check", check)):
+        for kind, source in (("answer", answer), ("check", check[:-1] + ", strict=True)")):
             graded = kind == "check"
             fields = {
                 "grade": graded,

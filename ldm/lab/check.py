@@ -77,11 +77,16 @@ def check(name: str, answer: object = ..., *, strict: bool | None = None) -> Non
         verdict, asks = Verdict(WRONG, str(error)), "no such exercise"
     else:
         verdict, asks = judge(exercise, answer, seed_of(name)), exercise.asks
-    line = f"{SIGNS[verdict.state]} {name} ({asks}): {verdict.sentence}"
+    line = line_of(name, asks, verdict)
     strict = os.environ.get(STRICT) == "1" if strict is None else strict
     if strict and verdict.state != RIGHT:
         raise LDMError(line)
     print(line)
+
+
+def line_of(name: str, asks: str, verdict: Verdict) -> str:
+    """What a check prints."""
+    return f"{SIGNS[verdict.state]} {name} ({asks}): {verdict.sentence}"
 
 
 def find(name: str) -> Exercise:

@@ -26,7 +26,7 @@ noise = ldm.Noise.from_seeds([7]).draw((4, 16, 16))[0]  # what all three begin f
 seen = noise[:3].repeat_interleave(8, 1).repeat_interleave(8, 2) / 2.5  # 3 of 4 channels as colours
 labels = ["seed 7", *(text.replace(" on ", "\non ") for text in sentences)]
 heading = "One and the same noise, three sentences, three pictures"
-figures.pictures([seen, *drawn], labels, heading=heading, inches=1.9)
+figures.pictures([seen, *drawn], labels, heading=heading, inches=1.5)
 
 # %% [markdown]
 # No picture was looked up, and none was pasted together. Change a sentence and run the cell again: the model knows houses,
@@ -118,134 +118,6 @@ assert torch.equal(trace.result.x0, loop(["", prompt])), "looking on changed the
 trace.show()
 
 # %% [markdown]
-# ### The six boxes of this very run
-#
-# The next figure is drawn from the trace: every shape, every number in it was read there. (The cells that draw it hold nothing that one
-# has to read.)
-
-# %%
-WORDS, NOISE, UNET, STEP, VAE = "#0072b2", "#6e7781", "#d55e00", "#009e73", "#aa3377"
-
-
-def name(ax, x, y, number, text, color):
-    """A box's number on a disc, and its name."""
-    ax.plot(x, y, "o", markersize=15, color=color)
-    ax.text(x, y - 0.1, str(number), color="w", ha="center", va="center", weight="bold", size=9)
-    ax.text(x + 1.7, y, text, color=color, va="center", weight="bold", size=10)
-
-
-def note(ax, x, y, text, color=figures.QUIET, **more):
-    ax.text(x, y, text, color=color, **{"ha": "center", "va": "center", "size": 8} | more)
-
-
-def arrow(ax, *points, color=figures.QUIET):
-    """A line through these points that ends in an arrow."""
-    ax.plot(*zip(*points), color=color, lw=1.6, solid_joinstyle="round")
-    style = dict(arrowstyle="-|>", color=color, lw=1.6, shrinkA=0, shrinkB=0)
-    ax.annotate("", points[-1], points[-2], arrowprops=style)
-
-
-def image(ax, corner, size, values, **options):
-    """Numbers or pixels as a small picture inside the figure."""
-    inset = ax.inset_axes([*corner, *size], transform=ax.transData)
-    inset.imshow(values, aspect="auto", **options)
-    inset.set(xticks=[], yticks=[])
-    inset.spines[:].set(visible=True, color=figures.QUIET, linewidth=0.6)
-
-
-# %%
-def latent(ax, x, y, values, side=11):
-    """The four channels of a latent (1, 4, h, w) as one square."""
-    four = torch.cat([torch.cat(list(values[0, :2]), 1), torch.cat(list(values[0, 2:]), 1)])
-    image(ax, (x, y), (side, side), four, cmap=figures.SIGNED, vmin=-3, vmax=3)
-    note(ax, x + side / 2, y - 1.5, tuple(values.shape))
-
-
-def weights(module):
-    return f"{sum(each.numel() for each in module.parameters()) / 1e6:.1f} M weights"
-
-
-def words_half(ax, pipe, trace):
-    """Boxes 1 and 2: chips for tokens, a row of the heat map for each of their vectors."""
-    ids = pipe.tokenizer(trace.settings.prompt[0]).ids[0].tolist()
-    name(ax, 2.2, 57.3, 1, "tokenizer", WORDS)
-    for k, text in enumerate(["begin", *(word.text for word in trace.words[0]), "end"]):
-        x, y = 3.8 + 6.2 * (k % 5), 51.8 - 5.4 * (k // 5)
-        ax.bar(x, 4.6, 5.6, y - 2.3, color="#e8f1f8")
-        note(ax, x, y + 1.0, text, figures.INK)
-        note(ax, x, y - 1.1, ids[k], WORDS, weight="bold")
-    note(ax, 16.2, 42, f"{len(ids)} numbers: behind the “end” only more of it")
-    arrow(ax, (32.4, 49.2), (37.4, 49.2))
-    name(ax, 39.7, 57.3, 2, "text encoder", WORDS)
-    context = pipe.encode(trace.settings.prompt)
-    image(ax, (38.5, 43.8), (24, 11), context[0], cmap=figures.SIGNED, vmin=-2.5, vmax=2.5)
-    note(ax, 50.5, 42, f"{tuple(context.shape)}: a vector a token; {weights(pipe.text_encoder)}")
-
-
-# %%
-def unet_half(ax, pipe, trace):
-    """Boxes 3 to 5: bars are as high as the resolution inside them, as wide as their channels."""
-    bricks, rows, x = trace.record.calls[0].bricks, trace.schedule.levels, 18.6
-    name(ax, 2.2, 30.8, 3, f"noise, seed {trace.settings.seeds[0]}", NOISE)
-    latent(ax, 1, 16, trace[0].x_before)
-    arrow(ax, (12.8, 21.5), (17.4, 21.5))
-    name(ax, 33, 33, 4, "UNet, guided", UNET)
-    stations = [f"down_blocks.{k}.resnets.0" for k in range(3)] + ["mid_block"]
-    stations += [f"up_blocks.{k}.resnets.0" for k in range(3)]
-    for y in (28.2, 24.6):  # skips
-        ax.plot([20, 38], [y, y], color=UNET, lw=0.8, alpha=0.6)
-    for _, channels, height, _ in (bricks[f"unet.{station}"].shape for station in stations):
-        ax.bar(x, height, channels / 40, 21.5 - height / 2, align="edge", color=UNET)
-        note(ax, x + channels / 80, 21.5, height, "w", size=7)
-        note(ax, x + channels / 80, 20.4 - height / 2, channels, size=7)
-        x += channels / 40 + 0.45
-    arrow(ax, (50.5, 40.4), (50.5, 37.8), (29, 37.8), (29, 26), color=WORDS)
-    note(ax, 32, 9.8, f"{bricks['unet'].shape}: without and with words; {weights(pipe.unet)}")
-    arrow(ax, (40.6, 21.5), (44, 21.5))
-    latent(ax, 44.8, 17, trace[0].eps, side=9)
-    note(ax, 49.3, 27.6, "the noise it sees, ε")
-    arrow(ax, (54.4, 21.5), (58, 21.5))
-    name(ax, 60, 30.8, 5, "sampler", STEP)
-    arc = [(60 + 12 * row.alpha, 14 + 12 * row.sigma) for row in rows]
-    ax.plot(*zip(*arc), "o-", color=STEP, markersize=4, lw=1)
-    note(ax, 66, 12.4, "α: picture")
-    note(ax, 60, 20, "σ: noise", rotation=90)
-    arrow(ax, (66, 11), (66, 5.4), (15, 5.4), (15, 20.6), color=STEP)
-    times = f"{len(trace)} times, at t = {rows[0].t:.0f} to {rows[-2].t:.0f}"
-    note(ax, 40, 4, times, STEP, weight="bold")
-
-
-# %%
-def picture_half(ax, pipe, trace):
-    """Box 6, from the clean latent up to the picture: bars as wide as the resolution."""
-    arrow(ax, (72.7, 14.35), (78.7, 14.35), color=STEP)
-    latent(ax, 79.5, 6, trace.result.x0)
-    name(ax, 75, 29.8, 6, "VAE decoder", VAE)
-    levels = [f"vae.decoder.up_blocks.{k}.resnets.1" for k in range(4)]
-    shapes = {each.name: each.shape for each in trace.record.beside}
-    for k, (*_, width) in enumerate(shapes[level] for level in levels):
-        ax.bar(85, 1.6, width / 128 * 24, 18.8 + 2.3 * k, color=VAE)
-        note(ax, 85, 19.5 + 2.3 * k, width, "w", size=7)
-    pixels = np.asarray(trace.result.images[0])
-    image(ax, (73, 34), (24, 24), pixels, interpolation="lanczos")
-    note(ax, 85, 32.5, f"{shapes['vae.decoder']}; {weights(pipe.vae.decoder)}")
-
-
-fig, ax = figures.canvas(10, 6)
-ax.set(xlim=(0, 100), ylim=(2, 60))
-ax.axis("off")
-words_half(ax, pipe, trace)
-unet_half(ax, pipe, trace)
-picture_half(ax, pipe, trace)
-figures.title(fig, f"“{prompt}”: six boxes, and what they hand on")
-alt = "Sentence, tokens, vectors, UNet, sampler, latent, decoder, picture, with their shapes"
-figures.show(fig, alt, photographic=True)
-
-# %% [markdown]
-# The latent at the bottom right is the whole picture: 4 × 16 × 16 numbers instead of 3 × 128 × 128, 48 times fewer, in which one
-# can make out moon, snow and house already. That is what *latent* diffusion means (Rombach et al. 2022): all the work is done
-# on the small grid, and the decoder paints it out at the end.
-#
 # ### Out of the noise
 #
 # Above, what the UNet is given; below, what it takes the picture to be, $\hat x_0$, both painted out by the decoder.
@@ -257,7 +129,7 @@ def strip(trace):
     rows = [[trace.decode(each)[0] for each in (step.x_before, step.x0)] for step in trace.steps]
     labels = [f"t = {step.level.t:.0f}" for step in trace.steps]
     heading = "Above: the noisy latent. Below: the picture that the UNet sees in it"
-    return figures.pictures(list(zip(*rows)), labels, ["x", "x0, guessed"], heading, inches=0.95)
+    return figures.pictures(list(zip(*rows)), labels, ["x", "x0, guessed"], heading, inches=0.8)
 
 
 strip(trace)
@@ -281,9 +153,9 @@ assert all(away(step.x0) < away(step.x_before) / 2 for step in trace.steps[:-1])
 assert away(trace[3].x0) < 12 < 30 < away(trace[3].x_before)
 
 # %% [markdown]
-# The guess runs ahead: after three steps it is a house in the snow, while $x$ is still covered with noise. The first steps decide
-# *what* is where, the later ones draw it finely. (Look at the first two guesses: what the house is to be, and where, changes
-# once more.)
+# The guess runs ahead: at the fourth step it is nearly the picture, while $x$ is still covered with splinters. The first guess
+# is what (2) has to reckon with: a red blur, where a house might stand, and *two* moons, one on each side. It is the mean of all
+# the pictures that this noise may hide. The first steps decide what is where, the later ones draw it finely.
 #
 # ### One word
 #
@@ -292,7 +164,7 @@ assert away(trace[3].x0) < 12 < 30 < away(trace[3].x_before)
 # much outside.
 
 # %%
-swaps = {"large": "small", "red": "yellow", "house": "tree", "snow": "grass", "night": "sunset"}
+swaps = {"red": "yellow", "house": "tree", "snow": "grass", "night": "sunset"}
 looked = trace.record.map(trace.words[0][3].tokens, size=(128, 128))
 inside = (looked > looked.max() / 2).numpy()
 top, below = [trace.result.images[0]], [inside * np.uint8(255)]
@@ -307,15 +179,15 @@ for old, new in swaps.items():
     labels[1].append("{:.0f} in it, {:.0f} outside".format(*change[old]))
 below = [np.repeat(each[..., None], 3, axis=2) for each in below]
 heading = "One word changes, and the picture changes where that word belongs"
-figures.pictures([top, below], labels, ["picture", "difference"], heading, inches=1.5)
+figures.pictures([top, below], labels, ["picture", "difference"], heading, inches=1.3)
 
 # %%
 assert trace.words[0][3].text == "house"
-for word in ("large", "red", "house"):
+for word in ("red", "house"):
     assert change[word][0] > 5 * change[word][1], f"{word} is about the house"
 for word in ("snow", "night"):
     assert change[word][1] > 3 * change["red"][1], f"{word} is about the rest"
-times = [change[word][0] / change[word][1] for word in ("large", "red", "house")]
+times = [change[word][0] / change[word][1] for word in ("red", "house")]
 print(
     f"Words about the house change it {min(times):.0f} to {max(times):.0f} times as much as the rest."
 )
@@ -359,12 +231,12 @@ labels = [f"seed {k}: house at {middle:.0f}" for k, middle in enumerate(places)]
 heading = (
     f"Red houses all, and they stand from {min(places):.0f} to {max(places):.0f} of 128 pixels"
 )
-figures.pictures(many.result.images, labels, heading=heading, inches=1.5)
+figures.pictures(many.result.images, labels, heading=heading, inches=1.25)
 
 # %% [markdown]
 # ### Where the time goes
 #
-# Each box by the clock (the median of five times), ten steps of 4 and 5.
+# Each box by the clock, on the machine that made this page: the median of five times, ten times that for boxes 4 and 5.
 
 
 # %%
@@ -395,13 +267,14 @@ took = {
 }
 
 # %%
+WORDS, NOISE, UNET, STEP, VAE = "#0072b2", "#6e7781", "#d55e00", "#009e73", "#aa3377"
 share = took["4 UNet"] / sum(took.values())
 assert share > 0.5, "the UNet takes most of it"
 fig, ax = figures.canvas(7.6, 2.6)
 boxes = list(took)[::-1]
 ax.barh(boxes, [took[box] for box in boxes], color=[VAE, STEP, UNET, NOISE, WORDS, WORDS])
 for k, box in enumerate(boxes):
-    text = f"  {took[box]:.3g} ms, {100 * took[box] / sum(took.values()):.2g} %"
+    text = f"  {took[box]:.2g} ms, {100 * took[box] / sum(took.values()):.1f} %"
     ax.text(took[box], k, text, va="center", size=9, color=figures.INK)
 ax.set(xlabel="milliseconds for one picture", xlim=(0, 1.35 * max(took.values())))
 figures.title(fig, f"The UNet takes {100 * share:.0f} % of the time, in 10 runs with a batch of 2")
@@ -412,6 +285,143 @@ figures.show(fig, "Milliseconds of the six boxes: nearly all is the UNet's, then
 # cheaper one. With Stable Diffusion it is the same, only more so: its UNet has 860 million weights (the model's own page, 2022),
 # and its usual run takes 50 steps.
 #
+# ### The whole road on a page
+#
+# The last figure of this section is for the wall. It is drawn from the trace: every shape and every number in it was read there.
+# (The four cells that draw it hold nothing that one has to read.)
+
+
+# %%
+def name(ax, x, y, number, text, color):
+    """A box's number on a disc, and its name."""
+    ax.plot(x, y, "o", markersize=13, color=color)
+    ax.text(x, y - 0.1, str(number), color="w", ha="center", va="center", weight="bold", size=8)
+    ax.text(x + 1.7, y, text, color=color, va="center", weight="bold", size=9)
+
+
+def note(ax, x, y, text, color=figures.QUIET, **more):
+    ax.text(x, y, text, color=color, **{"ha": "center", "va": "center", "size": 7} | more)
+
+
+def arrow(ax, *points, color=figures.QUIET):
+    """A line through these points that ends in an arrow."""
+    ax.plot(*zip(*points), color=color, lw=1.6, solid_joinstyle="round")
+    style = dict(arrowstyle="-|>", color=color, lw=1.6, shrinkA=0, shrinkB=0)
+    ax.annotate("", points[-1], points[-2], arrowprops=style)
+
+
+def image(ax, corner, size, values, **options):
+    """Numbers or pixels as a small picture inside the figure."""
+    inset = ax.inset_axes([*corner, *size], transform=ax.transData)
+    inset.imshow(values, aspect="auto", **options)
+    inset.set(xticks=[], yticks=[])
+    inset.spines[:].set(visible=True, color=figures.QUIET, linewidth=0.6)
+
+
+# %%
+def latent(ax, x, y, values, side=11):
+    """The four channels of a latent (1, 4, h, w) as one square."""
+    four = torch.cat([torch.cat(list(values[0, :2]), 1), torch.cat(list(values[0, 2:]), 1)])
+    image(ax, (x, y), (side, side), four.round(), cmap=figures.SIGNED, vmin=-3, vmax=3)
+    note(ax, x + side / 2, y - 1.5, tuple(values.shape))
+
+
+def cost(module, box):
+    millions = sum(each.numel() for each in module.parameters()) / 1e6
+    return f"{millions:.1f} M weights, {took[box]:.0f} ms"
+
+
+def words_half(ax, pipe, trace):
+    """Boxes 1 and 2: chips for tokens, a row of the heat map for each of their vectors."""
+    ids = pipe.tokenizer(trace.settings.prompt[0]).ids[0].tolist()
+    name(ax, 2.2, 57.3, 1, "tokenizer", WORDS)
+    for k, text in enumerate(["begin", *(word.text for word in trace.words[0]), "end"]):
+        x, y = 3.8 + 6.2 * (k % 5), 51.8 - 5.4 * (k // 5)
+        ax.bar(x, 4.6, 5.6, y - 2.3, color="w", edgecolor=WORDS, linewidth=0.6)
+        note(ax, x, y + 1.0, text, figures.INK)
+        note(ax, x, y - 1.1, ids[k], WORDS, weight="bold")
+    note(ax, 16.2, 42, f"{len(ids)} numbers: behind the “end” only more of it")
+    arrow(ax, (32.4, 49.2), (37.4, 49.2))
+    name(ax, 39.7, 57.3, 2, "text encoder", WORDS)
+    context = pipe.encode(trace.settings.prompt)
+    image(ax, (38.5, 43.8), (24, 11), context[0].round(), cmap=figures.SIGNED, vmin=-3, vmax=3)
+    note(ax, 50.5, 42, f"{tuple(context.shape)}; {cost(pipe.text_encoder, '2 text encoder')}")
+
+
+# %%
+def unet_half(ax, pipe, trace):
+    """Boxes 3 to 5: bars are as high as the resolution inside them, as wide as their channels."""
+    bricks, rows, x = trace.record.calls[0].bricks, trace.schedule.levels, 18.6
+    name(ax, 2.2, 30.8, 3, f"noise, seed {trace.settings.seeds[0]}", NOISE)
+    latent(ax, 1, 16, trace[0].x_before)
+    arrow(ax, (12.8, 21.5), (17.4, 21.5))
+    name(ax, 33, 33, 4, "UNet, guided", UNET)
+    stations = [f"down_blocks.{k}.resnets.0" for k in range(3)] + ["mid_block"]
+    stations += [f"up_blocks.{k}.resnets.0" for k in range(3)]
+    for y in (28.2, 24.6):  # skips
+        ax.plot([20, 38], [y, y], color=UNET, lw=0.8, alpha=0.6)
+    for _, channels, height, _ in (bricks[f"unet.{station}"].shape for station in stations):
+        ax.bar(x, height, channels / 40, 21.5 - height / 2, align="edge", color=UNET)
+        note(ax, x + channels / 80, 21.5, height, "w", size=6)
+        note(ax, x + channels / 80, 20.4 - height / 2, channels, size=6)
+        x += channels / 40 + 0.45
+    arrow(ax, (50.5, 40.4), (50.5, 37.8), (29, 37.8), (29, 26), color=WORDS)
+    note(
+        ax, 32, 9.8, f"{bricks['unet'].shape}, without and with words; {cost(pipe.unet, '4 UNet')}"
+    )
+    arrow(ax, (40.6, 21.5), (44, 21.5))
+    latent(ax, 44.8, 17, trace[0].eps, side=9)
+    note(ax, 49.3, 27.6, "the noise it sees, ε")
+    arrow(ax, (54.4, 21.5), (58, 21.5))
+    name(ax, 60, 30.8, 5, "sampler", STEP)
+    arc = [(60 + 12 * row.alpha, 14 + 12 * row.sigma) for row in rows]
+    ax.plot(*zip(*arc), "o-", color=STEP, markersize=4, lw=1)
+    note(ax, 66, 12.4, "α: picture")
+    note(ax, 60, 20, "σ: noise", rotation=90)
+    arrow(ax, (66, 11), (66, 5.4), (15, 5.4), (15, 20.6), color=STEP)
+    times = f"{len(trace)} times, at t = {rows[0].t:.0f} to {rows[-2].t:.0f}"
+    note(ax, 40, 4, times, STEP, weight="bold")
+
+
+# %%
+def picture_half(ax, pipe, trace):
+    """Box 6, from the clean latent up to the picture: bars as wide as the resolution."""
+    arrow(ax, (72.7, 14.35), (78.7, 14.35), color=STEP)
+    latent(ax, 79.5, 6, trace.result.x0)
+    name(ax, 75, 29.8, 6, "VAE decoder", VAE)
+    levels = [f"vae.decoder.up_blocks.{k}.resnets.1" for k in range(4)]
+    shapes = {each.name: each.shape for each in trace.record.beside}
+    for k, (*_, width) in enumerate(shapes[level] for level in levels):
+        ax.bar(85, 1.6, width / 128 * 24, 18.8 + 2.3 * k, color=VAE)
+        note(ax, 85, 19.5 + 2.3 * k, width, "w", size=6)
+    pixels = np.asarray(trace.result.images[0])
+    image(ax, (73, 34), (24, 24), pixels, interpolation="lanczos")
+    note(ax, 85, 32.5, f"{shapes['vae.decoder']}; {cost(pipe.vae.decoder, '6 VAE decoder')}")
+
+
+fig, ax = figures.canvas(8.6, 5.2)
+ax.set(xlim=(0, 100), ylim=(2, 60))
+ax.axis("off")
+words_half(ax, pipe, trace)
+unet_half(ax, pipe, trace)
+picture_half(ax, pipe, trace)
+figures.title(fig, f"“{prompt}”: six boxes, and what they hand on")
+alt = "Sentence, tokens, vectors, UNet, sampler, latent, decoder, picture, with their shapes"
+figures.show(fig, alt)
+
+# %% [markdown]
+# Follow it from the seed: noise goes into the UNet, together with the vectors of the sentence; what comes out, the noise it sees,
+# goes to the sampler, which walks a small piece of the arc from noise to picture; and back, ten times. (At the first step already
+# the seen noise has the shadow of a house in it.) The latent at the bottom right is the whole picture, in a few numbers:
+# moon, snow and house can be made out. That is what *latent* diffusion means (Rombach et al. 2022): all the work is done on
+# the small grid, and the decoder paints it out at the end.
+
+# %%
+fewer = trace.result.images[0].width ** 2 * 3 / trace.result.x0.numel()
+assert fewer == 48
+print(f"The latent has {fewer:.0f} times fewer numbers than the picture.")
+
+# %% [markdown]#
 # ## Break it
 #
 # Four faults that people really make, all of them in a single place of the loop, and each with a signature of its own.
@@ -451,7 +461,10 @@ found = {name: signature(picture[0]) for name, picture in faults.items()}
 for name_of, numbers in found.items():
     print("{:20} contrast {:5.1f}   jumps {:5.1f}   red {:5.1f} %".format(name_of, *numbers))
 figures.pictures(
-    [each[0] for each in faults.values()], list(faults), heading="Four faults", inches=1.6
+    [each[0] for each in faults.values()],
+    list(faults),
+    heading="Four faults, four signatures",
+    inches=1.35,
 )
 
 # %%

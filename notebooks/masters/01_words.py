@@ -32,16 +32,16 @@ from ldm.train.clip import shrink
 from ldm.train.data import to_tensor
 from ldm.train.vocabulary import train_vocabulary
 
+# %%
 torch.set_grad_enabled(False)  # nothing is trained here
 pipe = ldm.load("scenes")
 checker = load_checker(find_model("scenes"))  # a small network that reads pictures of our world
 
 
-# %%
-def as_drawn(pipe, sentences, seed=2):
-    """How each sentence is cut up, in print, and what is drawn of it: always from the same noise."""
+def as_drawn(pipe, sentences, seed=8):
+    """How each sentence is cut up, in print, and what is drawn of it, from the same noise."""
     for sentence in sentences:
-        print(f"{sentence:24}", " | ".join(pipe.tokenizer.pieces(sentence)))
+        print(f"{sentence:26}", " | ".join(pipe.tokenizer.pieces(sentence)))
     return [pipe(sentence, seed=seed, steps=10).images[0] for sentence in sentences]
 
 
@@ -50,9 +50,10 @@ def read(images):
     return checker.read(to_tensor(np.stack([np.asarray(image) for image in images])))
 
 
+# %%
 odd = [
     "a red boat on the sea",
-    "RED BOAT, ON THE SEA",
+    "A RED Boat on the SEA",
     "sea the on boat red a",
     "a crimson boat on the sea",
     "a lighthouse on the sea",
@@ -60,19 +61,19 @@ odd = [
 ]
 drawn = as_drawn(pipe, odd)
 seen = [(each["left color"], each["left kind"]) for each in read(drawn)]
-assert seen[0] == seen[1] == seen[2] == ("red", "boat"), "capitals and order do not matter here"
+assert drawn[0].tobytes() == drawn[1].tobytes() and seen[0] == seen[2] == ("red", "boat")
 assert seen[3][1] == "boat" and seen[3][0] != "red" and seen[4][1] == "house"
 figures.pictures(
     drawn,
     [text.replace(" on", "\non") for text in odd],
-    inches=1.45,
+    inches=1.4,
     heading="Same noise, six sentences: what of them arrives?",
 )
 
 # %% [markdown]
-# Capitals make no difference, and hardly the order of the words. But a crimson boat is not red, a lighthouse is a house,
-# and a castle is nothing at all. The right-hand column of the print says why: `crimson` falls into six pieces that mean
-# nothing, while the last piece of `lighthouse` is `house</w>`.
+# Capitals make no difference, not of a single bit, and the order of the words hardly any. But a crimson boat is not red, a
+# lighthouse is a house, and a castle is nothing at all. The print gives a reason: `crimson` falls into six pieces, none of
+# them a colour, and the last piece of `lighthouse` is `house</w>`.
 #
 # ## Predict
 #
@@ -178,14 +179,14 @@ def tree(ax, word):
     ax.axis("off")
 
 
-assert all(
-    merges_of(word)[-1][0] == pipe.tokenizer.pieces(word)
-    for word in " ".join(odd).lower().replace(",", "").split()
-)
+# %%
+several = ("watercolor", "lighthouse", "crimson")
+for word in (*several, "castle", "boat", "evening", "houseboat"):
+    assert merges_of(word)[-1][0] == pipe.tokenizer.pieces(word), "no longer what ldm does"
 fig, axes = figures.canvas(7.6, 3.3, columns=3)
-for ax, word in zip(axes, ("watercolor", "lighthouse", "crimson")):
+for ax, word in zip(axes, several):
     tree(ax, word)
-ends = [len(merges_of(word)[-1][0]) for word in ("watercolor", "lighthouse", "crimson")]
+ends = [len(merges_of(word)[-1][0]) for word in several]
 figures.title(fig, "A frequent word grows into {} piece, rare ones stop at {} and {}".format(*ends))
 figures.show(
     fig, "Three words joined from letters, one merge a row; the last piece of lighthouse is house"
@@ -196,8 +197,8 @@ figures.show(
 #
 # ### 77 numbers
 #
-# Begin, words, end, and then the end token again as padding, for every prompt has 77 positions (CLIP's choice, and so
-# everybody's). What is longer is cut.
+# Begin, words, end, and then the end token again as padding: every prompt has 77 positions (CLIP's choice, and so that of
+# all who use it). What is longer is cut.
 
 # %%
 tokens = pipe.tokenizer("a red house")
@@ -226,6 +227,7 @@ def attend(attention, h, mask):
     return attention.out_proj((looks @ v).transpose(1, 2).flatten(2)), looks
 
 
+# %%
 def states(encoder, ids, positions=True, causal=True):
     """The embeddings and each layer's output, (B, L, C) each; and each layer's looks."""
     length = ids.shape[1]
@@ -247,21 +249,13 @@ def encode(encoder, ids, positions=True, causal=True, skip=0):
     return encoder.final_layer_norm(states(encoder, ids, positions, causal)[0][-1 - skip])
 
 
+# %%
 encoder, ids = pipe.text_encoder, pipe.tokenizer(odd).ids
-for skip in range(4):
-    torch.testing.assert_close(
-        encode(encoder, ids, skip=skip), encoder.context(ids, skip), atol=1e-4, rtol=0
-    )
-print(
-    "by hand and ldm's own: equal, up to",
-    f"{(encode(encoder, ids) - encoder.context(ids)).abs().max():.0e}",
-)
-print(
-    "6 sentences become",
-    tuple(encode(encoder, ids).shape),
-    "numbers, of size about",
-    f"{encode(encoder, ids).abs().mean():.1f}",
-)
+for skip in (3, 2, 1, 0):
+    mine, theirs = encode(encoder, ids, skip=skip), encoder.context(ids, skip)
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
+print(f"by hand and ldm's own: equal, up to {(mine - theirs).abs().max():.0e}")
+print("6 sentences become", tuple(mine.shape), f"numbers, of size about {mine.abs().mean():.1f}")
 
 # %% [markdown]
 # That is the answer to the question: **77 vectors of 128 numbers** (768 in Stable Diffusion 1), one for each position, words or
@@ -272,35 +266,36 @@ sentence = "a large red boat on the sea at sunset"
 red, blue = encode(encoder, pipe.tokenizer([sentence, sentence.replace("red", "blue")]).ids)
 change = ((red - blue).norm(dim=1) / red.norm(dim=1)).numpy()  # (77,)
 looks = states(encoder, pipe.tokenizer(sentence).ids)[1]
-pieces = [
-    "begin",
-    *(piece.removesuffix("</w>") for piece in pipe.tokenizer.pieces(sentence)),
-    "end",
-]
+pieces = [piece.removesuffix("</w>") for piece in pipe.tokenizer.pieces(sentence)]
+pieces = ["begin", *pieces, "end"]
+differ = int((change > 0).sum())
+assert differ == 74 and (red[:3] == blue[:3]).all(), "nothing changes before the word, bit for bit"
+assert change[3] > 0.8 > change[4] > 0.4 > np.median(change[11:]) > 0.05
 
+# %%
 fig, (left, right) = figures.canvas(7.8, 3.1, columns=2, width_ratios=[1, 1.5])
-left.imshow(
-    looks[0][0].mean(0)[:11, :11], cmap=figures.RISING
-)  # the first layer, mean of its heads
+first = looks[0][0].mean(0)[:11, :11]  # of the first layer, the mean of its heads
+left.imshow(first, cmap=figures.RISING)
 left.grid(False)
 left.set_xticks(range(11), pieces, rotation=90, fontsize=7)
 left.set_yticks(range(11), pieces, fontsize=7)
 left.set(xlabel="is looked at", ylabel="looks")
-right.bar(range(77), 100 * change, color=[figures.COLORS[0 if k < 11 else 5] for k in range(77)])
-right.annotate("red", (3, 100 * change[3]), (8, 105), fontsize=9)
-right.annotate("boat", (4, 100 * change[4]), (8, 62), fontsize=9)
-right.set(xlabel="position among the 77 (the padding is paler)", ylabel="changes by, %")
-differ = int((change > 0).sum())
+shades = [figures.COLORS[0 if k < 11 else 5] for k in range(77)]
+right.bar(range(77), 100 * change, color=shades)
+for k in (3, 4, 8):
+    right.text(k + 0.8, 100 * change[k] + 2, pieces[k], fontsize=9, rotation=45)
+right.set(xlabel="position among the 77 (padding is paler)", ylabel="changes by, %", ylim=(0, 140))
 figures.title(fig, f"One word exchanged: {differ} of 77 vectors change, and none before it")
-assert differ == 74 and (red[:3] == blue[:3]).all(), (
-    "the rows before the word are the same, bit for bit"
-)
-assert change[3] > 0.8 > change[4] > 0.4 > np.median(change[11:]) > 0.05
 figures.show(fig, "A triangle of attention weights; bars of how much each of 77 vectors changes")
 
+# %%
+two = encode(encoder, pipe.tokenizer(["a red house", "a blue house"]).ids)
+print("a red house, a blue house:", int((two[0] != two[1]).any(dim=1).sum()), "of 77 differ")
+assert (two[0] != two[1]).any(dim=1).tolist() == [False] * 2 + [True] * 75
+
 # %% [markdown]
-# The triangle is (3)'s mask. The bars show what attention is for: `boat` now knows that it is blue, and so does, a little, all
-# of the padding. (In "a red house" the colour is the second word: 75 of 77 differ.)
+# The triangle is (3)'s mask. The bars show what attention is for: `boat` knows now that it is blue, and a little of it has got
+# into all of the padding. (`at` is this model's own oddity: in the triangle it looks at `red`.)
 #
 # ## Run
 #
@@ -327,11 +322,12 @@ def draw(contexts, seeds, steps=8, s=4.0):
     return pipe.decode(x)
 
 
+# %%
 wanted = [scenes.sample(20_000_000 + k, "held-out", n=2) for k in range(10)]
 tokens = pipe.tokenizer([scenes.caption(scene, scene.seed, full=True) for scene in wanted])
 full = encode(encoder, tokens.ids)  # (10, 77, 128)
 truth = [answers(scene) for scene in wanted]
-columns = ["place, time", "style", "kinds, anywhere", "kinds", "colours", "sizes"]
+columns = ["place, time", "style", "kinds\nanywhere", "kinds\nin place", "colours", "sizes"]
 
 
 def score(found, truth=truth):
@@ -349,29 +345,25 @@ def score(found, truth=truth):
 def table(rows, heading):
     """Shares of right answers as a coloured table."""
     shares = np.array(list(rows.values()))
-    fig, ax = figures.canvas(7.4, 0.75 + 0.36 * len(rows))
+    fig, ax = figures.canvas(7.4, 0.9 + 0.36 * len(rows))
     ax.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     ax.grid(False)
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(rows)), rows)
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
     for (row, column), share in np.ndenumerate(shares):
+        ink = "white" if share < 0.6 else "black"
         ax.text(
-            column,
-            row,
-            f"{100 * share:.0f} %",
-            ha="center",
-            va="center",
-            fontsize=9,
-            color="white" if share < 0.6 else "black",
+            column, row, f"{100 * share:.0f} %", ha="center", va="center", fontsize=9, color=ink
         )
     figures.title(fig, heading)
-    cells = "; ".join(
-        f"{name}: " + ", ".join(f"{100 * v:.0f}" for v in row) for name, row in rows.items()
+    cells = [f"{name} {', '.join(f'{100 * v:.0f}' for v in row)}" for name, row in rows.items()]
+    return figures.show(
+        fig, f"Right, in per cent ({', '.join(columns).replace(chr(10), ' ')}): {'; '.join(cells)}"
     )
-    return figures.show(fig, f"Right answers in per cent ({', '.join(columns)}). {cells}")
 
 
+# %%
 place = torch.arange(77)[None, :, None]
 end = (tokens.mask.sum(dim=1) - 1)[:, None, None]  # where each caption ends
 found = read(draw(full, range(10)))
@@ -380,20 +372,15 @@ words = score(read(draw(torch.where(place < end, full, empty), range(10))))
 padding = score(read(draw(torch.where(place < end, empty, full), range(10))))
 assert min(whole) > 0.85 and np.mean(words) > 0.85
 assert padding[1] > 0.7 and max(padding[3:5]) < 0.4 and padding[0] < 0.65
-table(
-    {
-        "all 77 vectors": whole,
-        "the words' alone": words,
-        "end and padding alone": padding,
-        "another scene's picture": guess,
-    },
-    "The words carry almost everything; the padding carries the style",
-)
+rows = {"all 77 vectors": whole, "the words' alone": words, "end and padding alone": padding}
+rows["another scene's picture"] = guess
+table(rows, "The words suffice; what stands behind them knows the style and little else")
 
 # %% [markdown]
-# So "padding" is no empty space: the end token has read the sentence, the padding behind it has too, and the UNet, which looks
-# at all 77 rows everywhere, learnt to take from there what concerns the whole picture. What stands where is read at the words
-# themselves. That is why an attention mask that hides the padding changes the pictures of a model trained without one.
+# The last row is the level of guessing: what the right pictures score on the questions of the next scene. What stands where, and
+# in which colour, is read at the words themselves. But padding is no empty space: it has read the sentence too, the UNet looks at
+# all 77 rows from everywhere, and the style of a picture can be told from padding alone. (Why the style and not the time of day,
+# which concerns the whole picture as well, this experiment does not say.)
 #
 # ### Between two sentences
 #
@@ -405,13 +392,14 @@ morph = draw((1 - mix) * red + mix * blue, [3] * 7, steps=10)
 named = [each["left color"] for each in read(morph)]
 pixels = np.stack([np.asarray(image, dtype=float) for image in morph])  # (7, 128, 128, 3)
 redness = (pixels[..., 0] - pixels[..., 2]).mean(axis=(1, 2))
-print("the checker sees:", ", ".join(named), "| red minus blue, mean:", *redness.round(1))
+print("the checker sees:   ", ", ".join(named))
+print("mean red minus blue:", *redness.round(1))
 assert named[0] == "red" and named[-1] == "blue" and redness[0] > redness[3] > redness[-1]
 assert named[3] not in ("red", "blue")
 figures.pictures(
     morph,
     [f"{w:.2f} blue" for w in mix.flatten()],
-    inches=1.25,
+    inches=1.15,
     heading="Half of “red” and half of “blue” is neither word, but a colour between",
 )
 
@@ -422,16 +410,17 @@ figures.pictures(
 one, others = red.clone(), blue.clone()
 one[3], others[3] = blue[3], red[3]  # position 3: the colour's word
 swapped = {"only the word's row is blue": one, "all rows but the word's are blue": others}
-drawn = {name: draw(context.expand(6, -1, -1), range(6)) for name, context in swapped.items()}
+drawn = {name: draw(context.expand(5, -1, -1), range(5)) for name, context in swapped.items()}
 colors = {name: [each["left color"] for each in read(images)] for name, images in drawn.items()}
 for name, found in colors.items():
     print(f"{name:34}", ", ".join(found))
-assert [found.count("blue") >= 4 for found in colors.values()] == [True, False]
+blues = [found.count("blue") for found in colors.values()]
+assert blues[0] >= 3 and blues[1] == 0
 figures.pictures(
     list(drawn.values()),
     side=["only its row", "all but its row"],
-    inches=1.25,
-    heading="The colour is read at one row of 77: its own",
+    inches=1.1,
+    heading="The colour is read almost wholly at one row of 77: its own",
 )
 
 # %% [markdown]
@@ -450,14 +439,12 @@ by_depth["three layers (skip 0)"] = whole
 shares = np.array(list(by_depth.values()))
 assert shares[0, 2] < 0.4 and shares[1, 2] > 0.6 and shares[1, 3] < 0.6 and shares[2, 3] > 0.75
 assert shares[3, 5] > shares[2, 5] + 0.1, "sizes come last"
-table(
-    by_depth,
-    "Words are names after one layer, stand on their side after two, have sizes after three",
-)
+table(by_depth, "One layer gives things names, the second their side, the third their size")
 
 # %% [markdown]
-# This is a property of how the model was trained: its UNet has only ever read the last layer. Stable Diffusion 2 and SDXL were
-# trained on the penultimate one, and there it is the right choice, not a trick.
+# A word's bare embedding says nothing to the UNet. After one layer most things are there, but no better placed than by chance; and
+# so on. All this is a property of the training: this UNet has only ever read the last layer. Stable Diffusion 2 and SDXL were
+# trained on the penultimate one, where it is the right choice and no trick.
 #
 # ### What do the vectors mean?
 #
@@ -476,6 +463,8 @@ def tower(kind, config, name):
 text_tower = tower(clip.TextEncoder, clip.TextConfig, "clip_text")
 image_tower = tower(clip.ImageEncoder, clip.VisionConfig, "clip_vision")
 
+# %%
+
 
 def texts(sentences):
     """Unit vectors (B, 128). The end token looks only back, so what stands behind it can go."""
@@ -484,45 +473,33 @@ def texts(sentences):
 
 
 unseen = [scenes.sample(20_000_000 + k, "held-out", n=1) for k in range(96)]
+said_of_unseen = [scenes.caption(scene, scene.seed, full=True) for scene in unseen]
 images = to_tensor(np.stack([scenes.render(scene).image for scene in unseen]))  # (96, 3, 128, 128)
 U = F.normalize(image_tower(shrink(images)), dim=-1)  # (96, 128)
-V = texts([scenes.caption(scene, scene.seed, full=True) for scene in unseen])
+V = texts(said_of_unseen)
 cosines = U @ V.T  # (96, 96)
 found = (cosines.argmax(dim=1) == torch.arange(96)).float().mean().item()
-print(
-    f"{100 * found:.0f} % of 96 pictures find their own caption; own cosine {cosines.diag().mean():.2f}, "
-    f"others' {(cosines.sum() - cosines.trace()) / (96 * 95):.2f}"
-)
+others = (cosines.sum() - cosines.trace()) / (96 * 95)
+print(f"{100 * found:.0f} % of 96 pictures find their own caption")
+print(f"mean cosine with it {cosines.diag().mean():.2f}, with the others {others:.2f}")
 assert found > 0.85
 
 # %%
-shown = 10
-fig, (top, ax) = figures.canvas(8.4, 4.5, rows=2, height_ratios=[1, 7.2])
+shown = 8
+fig, (top, ax) = figures.canvas(7.6, 3.3, rows=2, height_ratios=[1, 5.6])
 strip = np.concatenate([figures.as_pixels(image) for image in images[:shown]], axis=1)
 top.imshow(strip, extent=(-0.5, shown - 0.5, 0, 1), aspect="auto")
 top.axis("off")
 ax.imshow(cosines[:shown, :shown].T, cmap=figures.SIGNED, vmin=-1, vmax=1, aspect="auto")
 ax.grid(False)
 ax.set_xticks([])
-ax.set_yticks(
-    range(shown),
-    [scenes.caption(scene, scene.seed, full=True) for scene in unseen[:shown]],
-    fontsize=8,
-)
+ax.set_yticks(range(shown), said_of_unseen[:shown], fontsize=8)
 for (row, column), value in np.ndenumerate(cosines[:shown, :shown].T.numpy()):
-    ax.text(
-        column,
-        row,
-        f"{value:.1f}",
-        ha="center",
-        va="center",
-        fontsize=7,
-        color="white" if abs(value) > 0.6 else "black",
-    )
+    ink = "white" if abs(value) > 0.6 else "black"
+    ax.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink)
 figures.title(fig, f"{100 * found:.0f} % of 96 unseen pictures find their own caption")
-figures.show(
-    fig, "Cosines of ten pictures and ten captions: the diagonal is the highest", photographic=True
-)
+alt = "Cosines of eight pictures and eight captions: the diagonal is the highest"
+figures.show(fig, alt, photographic=True)
 
 # %% [markdown]
 # A classifier without training follows: describe each class in words, average over the wordings (Radford et al. 2021, section
@@ -530,89 +507,67 @@ figures.show(
 
 
 # %%
-def zero_shot(options, truth, sentences):
-    """The share of pictures whose nearest class is the true one; sentences(option) describe a class."""
-    classes = torch.stack(
-        [F.normalize(texts(sentences(option)).mean(0), dim=-1) for option in options]
-    )
-    picks = (U @ classes.T).argmax(dim=1)
-    return np.mean([options[pick] == truth(scene) for pick, scene in zip(picks, unseen)])
+def things(color=scenes.COLORS, kind=scenes.KINDS, more="{}"):
+    return [more.format(f"{c} {k}") for c in color for k in kind]
 
 
-def things(color=scenes.COLORS, kind=scenes.KINDS):
-    return [f"a {c} {k}" for c in color for k in kind]
-
-
-zero = {
-    "time": zero_shot(
-        scenes.TIMES, lambda s: s.time, lambda o: [f"{t} {TIME_WORDS[o][0]}" for t in things()]
-    ),
-    "ground": zero_shot(
-        scenes.GROUNDS,
-        lambda s: s.ground,
-        lambda o: [f"{t} {GROUND_WORDS[o][0]}" for t in things()],
-    ),
-    "style": zero_shot(
-        scenes.STYLES,
-        lambda s: s.style,
-        lambda o: things() if o == "plain" else [f"{t}, {o}" for t in things()],
-    ),
-    "colour": zero_shot(scenes.COLORS, lambda s: s.things[0].color, lambda o: things(color=[o])),
-    "size": zero_shot(
-        scenes.SIZES,
-        lambda s: s.things[0].size,
-        lambda o: [t.replace("a", f"a {o}", 1) for t in things()],
-    ),
-    "kind": zero_shot(scenes.KINDS, lambda s: s.things[0].kind, lambda o: things(kind=[o])),
-}
-chance = [1 / n for n in (4, 4, 4, 10, 2, 8)]
-
-
-def recall_if(name, options):
-    """How many pictures still find their caption when each caption says another colour, kind ..."""
-
-    def other(thing):
-        return replace(thing, **{name: options[options.index(getattr(thing, name)) - 3]})
-
-    wrong = [replace(scene, things=(other(scene.things[0]),)) for scene in unseen]
-    lies = texts([scenes.caption(scene, scene.seed, full=True) for scene in wrong])
-    return ((U @ lies.T).argmax(dim=1) == torch.arange(96)).float().mean().item()
-
-
-still = {
-    "true": found,
-    "wrong kind": recall_if("kind", scenes.KINDS),
-    "wrong colour": recall_if("color", scenes.COLORS),
+classes = {  # question of the checker's: {answer: sentences that say it}
+    "time": {o: things(more=f"a {{}} {TIME_WORDS[o][0]}") for o in scenes.TIMES},
+    "ground": {o: things(more=f"a {{}} {GROUND_WORDS[o][0]}") for o in scenes.GROUNDS},
+    "style": {o: things(more="a {}" if o == "plain" else f"a {{}}, {o}") for o in scenes.STYLES},
+    "left color": {o: things(color=[o], more="a {}") for o in scenes.COLORS},
+    "left size": {o: things(more=f"a {o} {{}}") for o in scenes.SIZES},
+    "left kind": {o: things(kind=[o], more="a {}") for o in scenes.KINDS},
 }
 
 # %%
+zero = {}  # the share of pictures whose nearest class is the true one
+for question, sentences in classes.items():
+    centres = torch.stack([F.normalize(texts(each).mean(0), dim=-1) for each in sentences.values()])
+    picks = (U @ centres.T).argmax(dim=1)
+    right = [list(sentences)[k] == answers(scene)[question] for k, scene in zip(picks, unseen)]
+    name = question.removeprefix("left ")
+    zero[name] = np.mean(right)
+    print(f"{name:8} {100 * zero[name]:3.0f} %   guessing {100 / len(sentences):.0f} %")
+assert min(zero[name] for name in ("time", "ground", "style", "color")) > 0.85
+assert zero["kind"] < 0.45 and zero["size"] < 0.75
+
+# %% [markdown]
+# Hardly. Then what does it find captions by? Let every caption lie about one thing.
+
+
+# %%
+def lying(scene, name, options):
+    """The scene with another colour, or another kind of thing."""
+    thing = scene.things[0]
+    other = options[options.index(getattr(thing, name)) - 3]
+    return replace(scene, things=(replace(thing, **{name: other}),))
+
+
+still = {"true": found}
+for name, options in (("kind", scenes.KINDS), ("color", scenes.COLORS)):
+    lies = texts([scenes.caption(lying(s, name, options), s.seed, full=True) for s in unseen])
+    still[name] = ((U @ lies.T).argmax(dim=1) == torch.arange(96)).float().mean().item()
+    print(f"captions with the wrong {name}: {100 * still[name]:.0f} % are found all the same")
+assert still["kind"] > still["color"] + 0.25
+
+# %%
 fig, (left, right) = figures.canvas(7.6, 2.9, columns=2, width_ratios=[2, 1])
-left.bar(list(zero), [100 * share for share in zero.values()], color=figures.COLORS[0])
-left.hlines(
-    [100 * c for c in chance],
-    np.arange(6) - 0.4,
-    np.arange(6) + 0.4,
-    color=figures.COLORS[1],
-    label="guessing",
-)
+labels = [name.replace("color", "colour") for name in zero]
+left.bar(labels, [100 * share for share in zero.values()], color=figures.COLORS[0])
+guess = [100 / len(sentences) for sentences in classes.values()]
+left.hlines(guess, np.arange(6) - 0.4, np.arange(6) + 0.4, color=figures.COLORS[4], linewidth=3)
+left.text(0, guess[0] + 3, "guessing", fontsize=7, ha="center", color="white")
 left.set(ylabel="chosen rightly, %", ylim=(0, 100))
-left.legend(frameon=False, fontsize=8, loc="lower left")
 right.bar(
     ["true", "wrong\nkind", "wrong\ncolour"],
-    [100 * share for share in still.values()],
+    [100 * v for v in still.values()],
     color=figures.COLORS[2],
 )
-right.set(ylabel="find their caption, %", ylim=(0, 100))
-figures.title(
-    fig,
-    f"It knows {100 * zero['colour']:.0f} % of the colours and {100 * zero['kind']:.0f} % of the things: "
-    "contrast can do without",
-)
-print({name: f"{100 * share:.0f} %" for name, share in (zero | still).items()})
-assert min(zero["time"], zero["ground"], zero["style"], zero["colour"]) > 0.85
-assert zero["kind"] < 0.45 and zero["size"] < 0.75
-assert still["wrong kind"] > still["wrong colour"] + 0.25
-figures.show(fig, "Bars: zero-shot accuracy by question; recall with true and with wrong captions")
+right.set(ylabel="captions found, %", ylim=(0, 100))
+colors, kinds = (f"{100 * zero[name]:.0f} %" for name in ("color", "kind"))
+figures.title(fig, f"It tells {colors} of the colours and {kinds} of the kinds of things")
+figures.show(fig, "Bars: classes chosen rightly by question; captions found, true and lying")
 
 # %% [markdown]
 # This is the most important thing to know about contrastive vectors: they hold what *tells the pictures of a batch apart*, and
@@ -621,40 +576,32 @@ figures.show(fig, "Bars: zero-shot accuracy by question; recall with true and wi
 # chose among 32,768 pictures of everything; shapes it had to learn, but the order of words hardly:
 # "bags of words", Yuksekgonul et al. 2023.)
 #
-# Stable Diffusion 1 freezes its text tower and lives with what contrast taught. Ours was trained on, with the UNet, and before
-# that on what stands left and what right. The end token's vectors of 40 captions, before and after:
+# Stable Diffusion 1 freezes its text tower and lives with what contrast taught. Ours was trained on with the UNet, and in between
+# on what stands left and what right. The end token's vectors of 40 captions, before and after:
 
 # %%
-forty = things(color=("red", "orange", "yellow", "green", "blue"), kind=scenes.KINDS)
-forty = sorted(forty, key=lambda text: text.split()[2])  # five colours of each kind side by side
-before, after = (
-    tower_.pooled
-    for tower_ in (text_tower(pipe.tokenizer(forty).ids), encoder(pipe.tokenizer(forty).ids))
-)
-
-
-def centred(vectors):
-    return F.normalize(vectors - vectors.mean(0), dim=-1)
-
-
-same_kind = torch.tensor([[a.split()[2] == b.split()[2] for b in forty] for a in forty])
-same_color = torch.tensor([[a.split()[1] == b.split()[1] for b in forty] for a in forty])
+forty = [f"a {color} {kind}" for kind in scenes.KINDS for color in scenes.COLORS[:5]]
+ids = pipe.tokenizer(forty).ids
+towers = {"CLIP, trained by contrast": text_tower, "after training with the UNet": encoder}
+number = torch.arange(40)
+same_kind = number[:, None] // 5 == number // 5
+same_color = number[:, None] % 5 == number % 5
+means = []
 fig, axes = figures.canvas(7.6, 3.9, columns=2)
-for ax, vectors, name in zip(
-    axes, (before, after), ("CLIP, trained by contrast", "after training with the UNet")
-):
-    matrix = centred(vectors) @ centred(vectors).T
+for ax, (name, tower_) in zip(axes, towers.items()):
+    vectors = tower_(ids).pooled
+    vectors = F.normalize(vectors - vectors.mean(0), dim=-1)
+    matrix = vectors @ vectors.T
     kind, color = matrix[same_kind & ~same_color].mean(), matrix[same_color & ~same_kind].mean()
     print(f"{name:30} mean cosine: same colour {color:.2f}, same kind {kind:.2f}")
     ax.imshow(matrix, cmap=figures.SIGNED, vmin=-1, vmax=1)
     ax.grid(False)
     ax.set_xticks([])
-    ax.set_yticks(range(2, 40, 5), [text.split()[2] for text in forty[2::5]], fontsize=8)
+    ax.set_yticks(range(2, 40, 5), scenes.KINDS, fontsize=8)
     ax.set_title(name, fontsize=9)
-    assert (kind < 0.2 and color > 0.5) if ax is axes[0] else (kind > 0.4 > color)
-figures.title(
-    fig, "Told apart by colour (stripes), then needed for drawing: sorted by kind (blocks)"
-)
+    means.append((kind, color))
+assert means[0][0] < 0.2 and means[0][1] > 0.5 and means[1][0] > 0.4 > means[1][1]
+figures.title(fig, "Contrast sorts sentences by colour (stripes), drawing by kind (blocks)")
 figures.show(
     fig, "Two matrices of 40 by 40 cosines: stripes of equal colour, then blocks of equal kind"
 )
@@ -670,47 +617,39 @@ figures.show(
 pair = ["a red house left of a blue boat", "a blue boat left of a red house"]
 both = pipe.tokenizer(pair)
 at = [1 + pipe.tokenizer.pieces(text).index("house</w>") for text in pair]  # where "house" stands
-switches = {
-    "as trained": (True, True),
-    "no positions": (False, True),
-    "no mask": (True, False),
-    "neither": (False, False),
-}
+switches = {"as trained": (True, True), "no positions": (False, True)}
+switches |= {"no mask": (True, False), "neither": (False, False)}
 contexts = {name: encode(encoder, both.ids, *switch) for name, switch in switches.items()}
 apart = {}
 for name, (a, b) in contexts.items():
     apart[name] = ((a[at[0]] - b[at[1]]).norm() / a[at[0]].norm()).item()
-    print(
-        f"{name:14} the vectors of “house” in the two sentences differ by {100 * apart[name]:.5f} %"
-    )
-assert (
-    min(apart["as trained"], apart["no positions"], apart["no mask"]) > 0.1
-    and apart["neither"] < 1e-5
-)
+    print(f"{name:14} the two vectors of “house” differ by {100 * apart[name]:.5f} %")
+assert min(list(apart.values())[:3]) > 0.1 and apart["neither"] < 1e-5
 
 # %%
 rows = [draw(torch.stack([context[k] for context in contexts.values()]), [5] * 4) for k in (0, 1)]
-said = [
-    [f"{e['left color']} {e['left kind']}, {e['right color']} {e['right kind']}" for e in read(row)]
-    for row in rows
-]
-for name, first, second in zip(switches, *said):
-    print(f"{name:14} {first:24} | {second}")
-assert said[0][:2] == ["red house, blue boat"] * 2 and said[1][:2] == ["blue boat, red house"] * 2
+seen = [read(row) for row in rows]
+shows = "{left color} {left kind}, {right color} {right kind}".format_map
+for name, first, second in zip(switches, *seen):
+    print(f"{name:14} {shows(first):24} | {shows(second)}")
+kinds = [[(each["left kind"], each["right kind"]) for each in row] for row in seen]
+assert kinds[0][:2] == [("house", "boat")] * 2 and kinds[1][:2] == [("boat", "house")] * 2
 gaps = [np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(*rows)]
-assert gaps[3] < 0.5 < 5 < min(gaps[:3]), "without positions and mask the two pictures are one"
+assert gaps[3] < 0.5 and min(gaps[:3]) > 5, "without positions and mask the two pictures are one"
 figures.pictures(
     rows,
     list(switches),
     side=["house left of boat", "boat left of house"],
-    inches=1.6,
-    heading="Order survives without positions, suffers without the mask, is gone without both",
+    inches=1.4,
+    heading="Order goes only when positions and mask both go",
 )
 
 # %% [markdown]
-# Dropping the positions alone does not do what one expects. The mask counts for them: what a token could look at is what came
-# before it (Haviv et al. 2022 trained language models without positions on this ground). Only without both is the sentence a bag:
-# then the two pictures are the same, up to rounding.
+# Dropping the positions alone does not do what one expects. The mask counts for them: whatever a token looks at came before it.
+# (Haviv et al. 2022 found that language models trained without positions learn them all the same.) Without the mask alone the two
+# pictures still differ, though neither is right. Only without both is the
+# sentence a bag of words: the vectors are the same, in another order, which attention in the UNet does not see, and so are the
+# pictures, up to rounding.
 #
 # ### No mask
 #
@@ -724,9 +663,8 @@ for name in ("as trained", "no mask"):
         other = encode(encoder, pipe.tokenizer(f"a red house {after}").ids, *switches[name])[0]
         a, b = contexts[name][0][at[0]], other[at[0]]
         heard[name, after] = ((a - b).norm() / a.norm()).item()
-        print(
-            f"{name:10}  a red house {after:22} changes “house” by {100 * heard[name, after]:.0f} %"
-        )
+        percent = 100 * heard[name, after]
+        print(f"{name:10}  a red house {after:22} changes “house” by {percent:.0f} %")
 assert not any(change for (name, _), change in heard.items() if name == "as trained")
 assert heard["no mask", "right of a blue boat"] > 0.2
 
@@ -745,17 +683,18 @@ table(
 #
 # ### No end token
 #
-# The pooled vector is read where the first end token stands. If a prompt holds none, because it was cut after the end had been
-# put on, or because the padding is another id, then nothing stops: `argmax` of "is it the end?" gives position 0.
+# The pooled vector, which CLIP compares and SDXL's UNet reads too, stands where the first end token stands. A prompt that is cut
+# after the end was put on has none, if the padding doesn't make up for it. Then nothing stops: `argmax` of "is it the end?"
+# gives position 0.
 
 # %%
-lost = pipe.tokenizer([scenes.caption(scene, scene.seed, full=True) for scene in unseen]).ids
-lost = lost.masked_fill(lost == pipe.tokenizer.eos_id, 0)  # padded with 0, as Stable Diffusion 2 is
+lost = pipe.tokenizer(said_of_unseen).ids
+lost = lost.masked_fill(
+    lost == pipe.tokenizer.eos_id, 0
+)  # no end; 0 is Stable Diffusion 2's padding
 blind = F.normalize(text_tower(lost).pooled, dim=-1)
-alike, found_now = (
-    (blind @ blind.T).min().item(),
-    ((U @ blind.T).argmax(1) == torch.arange(96)).float().mean().item(),
-)
+alike = (blind @ blind.T).min().item()
+found_now = ((U @ blind.T).argmax(dim=1) == torch.arange(96)).float().mean().item()
 print(f"least cosine between two of 96 captions: {alike:.6f} (before: {(V @ V.T).min():.2f})")
 print(f"pictures that find their caption: {100 * found_now:.0f} % (before: {100 * found:.0f} %)")
 assert alike > 0.9999 and found_now < 0.05
@@ -780,10 +719,8 @@ def merge_step(symbols, ranks):
         return symbols
     first, joined = min(known, key=ranks.get), []
     for symbol in symbols:
-        if joined and joined[-1:] == [first[0]] and symbol == first[1]:
-            joined[-1] = (
-                first[0] + first[1]
-            )  # a joined piece is no longer first[0], so none overlap
+        if joined[-1:] == [first[0]] and symbol == first[1]:
+            joined[-1] += symbol  # what was joined is no longer first[0], so none overlap
         else:
             joined.append(symbol)
     return joined
@@ -869,9 +806,8 @@ if sd is not None:
     some = [odd[0], odd[3], odd[4]]
     pictures = as_drawn(sd, some)
     ids = sd.tokenizer(some).ids
-    torch.testing.assert_close(
-        encode(sd.text_encoder, ids), sd.text_encoder.context(ids), atol=1e-3, rtol=1e-3
-    )
+    mine, theirs = encode(sd.text_encoder, ids), sd.text_encoder.context(ids)
+    torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
     print("by hand and ldm's own: equal")
     display(figures.pictures(pictures, some, inches=2.2))
 
@@ -890,5 +826,6 @@ print(inspect.getsource(clip.TextEncoder.forward))
 # %% [markdown]
 # **In short.** The UNet receives 77 vectors, whatever the sentence: bytes joined by frequency, looked up, and mixed by a
 # transformer that looks only back. They mean what training needed them to mean: contrast keeps what tells pictures apart, drawing
-# adds what has to be drawn. Not of this size is Stable Diffusion's encoder (12 layers of 768 channels, 49,408 pieces), and it knows
-# crimson and castles; the road is the same. Next: [02, pictures into latents](02_latents.ipynb).
+# adds what has to be drawn. Stable Diffusion 1's encoder goes the same road with 12 layers, 768 channels, 49,408 pieces and
+# captions from the web; which of our findings hold there, row by row and layer by layer, has to be measured there. Next:
+# [02, pictures into latents](02_latents.ipynb).

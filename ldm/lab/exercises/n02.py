@@ -208,13 +208,13 @@ FACTOR = Exercise(
 # 02.5 -------------------------------------------------------------------------------------------------------
 
 
-def there_and_back(z, x0, factor, shift):
+def there_and_back_again(z, x0, factor, shift):
     return (z - shift) * factor, x0 / factor + shift
 
 
 SHIFT = Exercise(
-    "there_and_back(z, x0, factor, shift)",
-    there_and_back,
+    "there_and_back_again(z, x0, factor, shift)",
+    there_and_back_again,
     calling(lambda g: (uneven(g, 2, 4, 4, 4), noise(g, 2, 4, 4, 4), 0.3611, 0.1159)),
     {
         "the shift is taken off after the factor, and added before it is divided out: they undo each other, but the "

@@ -41,7 +41,7 @@ def times(generator):
 
 
 CLOCK = Exercise(
-    "waves(t, width)",
+    "my_waves(t, width)",
     waves,
     calling(lambda g: (times(g), 48), lambda g: (times(g), 10)),
     {
@@ -106,7 +106,7 @@ def channels(generator, eps):
 
 
 NORM = Exercise(
-    "group_norm(x, groups, weight, bias, eps)",
+    "my_group_norm(x, groups, weight, bias, eps)",
     group_norm,
     calling(lambda g: channels(g, 1e-5), lambda g: channels(g, 0.1)),
     {
@@ -198,7 +198,7 @@ def blocks(answer, generator):
 
 
 BLOCK = Exercise(
-    "resnet(block, x, emb)",
+    "my_resnet(block, x, emb)",
     resnet,
     blocks,
     {
