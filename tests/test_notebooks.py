@@ -6,6 +6,7 @@ That the cells themselves run is proved by `notebooks/build.py --execute`, a par
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import jupytext
@@ -259,3 +260,55 @@ def test_what_fails_strictly_is_not_written(build, tiny, monkeypatch, capsys):
     master.write_text(TINY)
     assert build.build([master], 1) == 0 and build.check() == 0
     assert nbformat.read(tiny / "99_tiny.ipynb", as_version=4).cells[-1].outputs[0].text == "1\n"
+
+
+# ---------------------------------------------------------------------------------------------------- for graders
+
+
+@pytest.fixture(scope="session")
+def export(build):
+    """`export.py` imports its neighbour by its name."""
+    sys.modules["build"] = build
+    spec = importlib.util.spec_from_file_location("export", ROOT / "notebooks" / "export.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["build"]
+
+
+def exported(export, grader, folder):
+    assert export.main([grader, str(folder), "06"]) == 0
+    return nbformat.read(folder / "06_guidance" / "06_guidance.ipynb", as_version=4).cells
+
+
+def test_otter_finds_question_solution_and_test_of_each_exercise(export, tmp_path):
+    cells = exported(export, "otter", tmp_path)
+    assert cells[0].source.startswith("# ASSIGNMENT CONFIG\nname: 06_guidance")
+    raw = [cell.source.split("\n")[0] for cell in cells[1:] if cell.cell_type == "raw"]
+    one = ["# BEGIN QUESTION", "# BEGIN SOLUTION", "# END SOLUTION", "# BEGIN TESTS", "# END TESTS", "# END QUESTION"]
+    assert raw == one * 4
+    at = next(k for k, cell in enumerate(cells) if cell.source.startswith("# BEGIN QUESTION\nname: q06_1"))
+    card, _, answer, _, _, test = cells[at + 1 : at + 7]
+    assert "### Exercise 06.1" in card.source
+    assert answer.source.startswith("def cfg") and "# BEGIN SOLUTION" in answer.source
+    assert test.source == 'ldm.check("06.1", cfg)'
+    assert test.outputs[0].text == "✅ 06.1 (cfg(uncond, cond, s)): right.\n"
+
+
+def test_nbgrader_finds_an_answer_to_clear_and_a_locked_check_with_a_point(export, tmp_path):
+    cells = [cell for cell in exported(export, "nbgrader", tmp_path) if "nbgrader" in cell.metadata]
+    fields = [cell.metadata["nbgrader"] for cell in cells]
+    assert [each["grade_id"] for each in fields] == [
+        f"{kind}-06-{k}" for k in range(1, 5) for kind in ("answer", "check")
+    ]
+    for cell, each in zip(cells, fields, strict=True):
+        graded = each["grade_id"].startswith("check")
+        assert (each["grade"], each["locked"], each["solution"]) == (graded, graded, not graded)
+        assert each.get("points") == (1 if graded else None)
+        assert cell.source.endswith(", strict=True)") if graded else "### END" not in cell.source
+    assert "# END SOLUTION" in cells[0].source and cells[1].source == 'ldm.check("06.1", cfg, strict=True)'
+
+
+def test_an_exercise_without_its_check_is_refused(export):
+    with pytest.raises(SystemExit, match="An exercise's cell must end with its check: 'y'"):
+        export.parts(new_code_cell("x\ny"))

@@ -35,7 +35,7 @@ class Shown:
 
     @property
     def image(self) -> Image.Image:
-        return Image.open(io.BytesIO(self.data))
+        return Image.open(io.BytesIO(self.data)).convert("RGB")
 
     def save(self, path: str) -> None:
         self.image.save(path)

@@ -23,15 +23,15 @@ sentences = [prompt, "a small yellow boat on sea at sunset", "a large green tree
 drawn = [pipe(text, seed=7, steps=10, sampler="ddim").images[0] for text in sentences]
 
 noise = ldm.Noise.from_seeds([7]).draw((4, 16, 16))[0]  # what all three begin from
-seen = noise[:3].repeat_interleave(8, 1).repeat_interleave(8, 2) / 2.5  # 3 of 4 channels as colours
+seen = noise[:3] / 2.5  # three of its four channels, as if they were colours
 labels = ["seed 7", *(text.replace(" on ", "\non ") for text in sentences)]
 heading = "One and the same noise, three sentences, three pictures"
-figures.pictures([seen, *drawn], labels, heading=heading, inches=1.5)
+figures.pictures([seen, *drawn], labels, heading=heading, inches=1.35)
 
 # %% [markdown]
 # No picture was looked up, and none was pasted together. Change a sentence and run the cell again: the model knows houses,
 # trees, flowers, boats, cars, balloons, stars and fish, ten colours, two sizes, grass, sand, snow and sea, day, sunset, night
-# and dawn. It has nothing to say about anything else. It is a toy (its world was drawn by a program, and it fits into a few
+# and dawn. It has nothing to say about anything else. It is a toy (its world was drawn by a program, and it fits into 18
 # megabytes), but it is built exactly as Stable Diffusion is, box by box:
 #
 # | box | is given | hands on | opened in |
@@ -120,16 +120,18 @@ trace.show()
 # %% [markdown]
 # ### Out of the noise
 #
-# Above, what the UNet is given; below, what it takes the picture to be, $\hat x_0$, both painted out by the decoder.
+# Five of the ten steps. Above, what the UNet is given; below, what it takes the picture to be, $\hat x_0$; both painted out by the
+# decoder.
 
 
 # %%
-def strip(trace):
-    """Every step's x, and the x0 that was guessed from it."""
-    rows = [[trace.decode(each)[0] for each in (step.x_before, step.x0)] for step in trace.steps]
-    labels = [f"t = {step.level.t:.0f}" for step in trace.steps]
+def strip(trace, steps=(0, 1, 3, 5, 7)):
+    """The x of some steps, and the x0 that was guessed from each."""
+    chosen = [trace[k] for k in steps]
+    rows = [[trace.decode(x)[0] for x in (step.x_before, step.x0)] for step in chosen]
+    labels = [f"t = {step.level.t:.0f}" for step in chosen]
     heading = "Above: the noisy latent. Below: the picture that the UNet sees in it"
-    return figures.pictures(list(zip(*rows)), labels, ["x", "x0, guessed"], heading, inches=0.8)
+    return figures.pictures(list(zip(*rows)), labels, ["x", "x0, guessed"], heading, inches=0.95)
 
 
 strip(trace)
@@ -176,10 +178,10 @@ for old, new in swaps.items():
     top.append(image_new)
     below.append(difference.astype(np.uint8))
     labels[0].append(f"{old} → {new}")
-    labels[1].append("{:.0f} in it, {:.0f} outside".format(*change[old]))
+    labels[1].append("{:.0f} in, {:.0f} out".format(*change[old]))
 below = [np.repeat(each[..., None], 3, axis=2) for each in below]
-heading = "One word changes, and the picture changes where that word belongs"
-figures.pictures([top, below], labels, ["picture", "difference"], heading, inches=1.3)
+heading = "One word changes, and the picture where that word belongs"
+figures.pictures([top, below], labels, ["picture", "difference"], heading, inches=1.25)
 
 # %%
 assert trace.words[0][3].text == "house"
@@ -215,11 +217,11 @@ assert moved < -4
 #
 # ### Other noise
 #
-# The other way round: the same words, and six seeds. What the sentence says, all pictures share; what it leaves open, the noise
+# The other way round: the same words, and five seeds. What the sentence says, all pictures share; what it leaves open, the noise
 # decides.
 
 # %%
-many = pipe.trace(prompt, seed=0, steps=10, sampler="ddim", count=6)
+many = pipe.trace(prompt, seed=0, steps=10, sampler="ddim", count=5)
 places = []
 for k, drawn_k in enumerate(many.result.images):
     inside_k, middle = house(many, k)
@@ -231,7 +233,7 @@ labels = [f"seed {k}: house at {middle:.0f}" for k, middle in enumerate(places)]
 heading = (
     f"Red houses all, and they stand from {min(places):.0f} to {max(places):.0f} of 128 pixels"
 )
-figures.pictures(many.result.images, labels, heading=heading, inches=1.25)
+figures.pictures(many.result.images, labels, heading=heading, inches=1.15)
 
 # %% [markdown]
 # ### Where the time goes
@@ -272,10 +274,10 @@ share = took["4 UNet"] / sum(took.values())
 assert share > 0.5, "the UNet takes most of it"
 fig, ax = figures.canvas(7.6, 2.6)
 boxes = list(took)[::-1]
-ax.barh(boxes, [took[box] for box in boxes], color=[VAE, STEP, UNET, NOISE, WORDS, WORDS])
-for k, box in enumerate(boxes):
-    text = f"  {took[box]:.2g} ms, {100 * took[box] / sum(took.values()):.1f} %"
-    ax.text(took[box], k, text, va="center", size=9, color=figures.INK)
+ax.barh(boxes, [took[each] for each in boxes], color=[VAE, STEP, UNET, NOISE, WORDS, WORDS])
+for k, (spent, part) in enumerate((took[each], took[each] / sum(took.values())) for each in boxes):
+    text = f"  {spent:.2g} ms, {100 * part:.1f} %"
+    ax.text(spent, k, text, va="center", size=9, color=figures.INK)
 ax.set(xlabel="milliseconds for one picture", xlim=(0, 1.35 * max(took.values())))
 figures.title(fig, f"The UNet takes {100 * share:.0f} % of the time, in 10 runs with a batch of 2")
 figures.show(fig, "Milliseconds of the six boxes: nearly all is the UNet's, then the decoder's")
@@ -292,7 +294,7 @@ figures.show(fig, "Milliseconds of the six boxes: nearly all is the UNet's, then
 
 
 # %%
-def name(ax, x, y, number, text, color):
+def box(ax, x, y, number, text, color):
     """A box's number on a disc, and its name."""
     ax.plot(x, y, "o", markersize=13, color=color)
     ax.text(x, y - 0.1, str(number), color="w", ha="center", va="center", weight="bold", size=8)
@@ -334,7 +336,7 @@ def cost(module, box):
 def words_half(ax, pipe, trace):
     """Boxes 1 and 2: chips for tokens, a row of the heat map for each of their vectors."""
     ids = pipe.tokenizer(trace.settings.prompt[0]).ids[0].tolist()
-    name(ax, 2.2, 57.3, 1, "tokenizer", WORDS)
+    box(ax, 2.2, 57.3, 1, "tokenizer", WORDS)
     for k, text in enumerate(["begin", *(word.text for word in trace.words[0]), "end"]):
         x, y = 3.8 + 6.2 * (k % 5), 51.8 - 5.4 * (k // 5)
         ax.bar(x, 4.6, 5.6, y - 2.3, color="w", edgecolor=WORDS, linewidth=0.6)
@@ -342,7 +344,7 @@ def words_half(ax, pipe, trace):
         note(ax, x, y - 1.1, ids[k], WORDS, weight="bold")
     note(ax, 16.2, 42, f"{len(ids)} numbers: behind the “end” only more of it")
     arrow(ax, (32.4, 49.2), (37.4, 49.2))
-    name(ax, 39.7, 57.3, 2, "text encoder", WORDS)
+    box(ax, 39.7, 57.3, 2, "text encoder", WORDS)
     context = pipe.encode(trace.settings.prompt)
     image(ax, (38.5, 43.8), (24, 11), context[0].round(), cmap=figures.SIGNED, vmin=-3, vmax=3)
     note(ax, 50.5, 42, f"{tuple(context.shape)}; {cost(pipe.text_encoder, '2 text encoder')}")
@@ -352,10 +354,10 @@ def words_half(ax, pipe, trace):
 def unet_half(ax, pipe, trace):
     """Boxes 3 to 5: bars are as high as the resolution inside them, as wide as their channels."""
     bricks, rows, x = trace.record.calls[0].bricks, trace.schedule.levels, 18.6
-    name(ax, 2.2, 30.8, 3, f"noise, seed {trace.settings.seeds[0]}", NOISE)
+    box(ax, 2.2, 30.8, 3, f"noise, seed {trace.settings.seeds[0]}", NOISE)
     latent(ax, 1, 16, trace[0].x_before)
     arrow(ax, (12.8, 21.5), (17.4, 21.5))
-    name(ax, 33, 33, 4, "UNet, guided", UNET)
+    box(ax, 33, 33, 4, "UNet, guided", UNET)
     stations = [f"down_blocks.{k}.resnets.0" for k in range(3)] + ["mid_block"]
     stations += [f"up_blocks.{k}.resnets.0" for k in range(3)]
     for y in (28.2, 24.6):  # skips
@@ -373,7 +375,7 @@ def unet_half(ax, pipe, trace):
     latent(ax, 44.8, 17, trace[0].eps, side=9)
     note(ax, 49.3, 27.6, "the noise it sees, ε")
     arrow(ax, (54.4, 21.5), (58, 21.5))
-    name(ax, 60, 30.8, 5, "sampler", STEP)
+    box(ax, 60, 30.8, 5, "sampler", STEP)
     arc = [(60 + 12 * row.alpha, 14 + 12 * row.sigma) for row in rows]
     ax.plot(*zip(*arc), "o-", color=STEP, markersize=4, lw=1)
     note(ax, 66, 12.4, "α: picture")
@@ -388,7 +390,7 @@ def picture_half(ax, pipe, trace):
     """Box 6, from the clean latent up to the picture: bars as wide as the resolution."""
     arrow(ax, (72.7, 14.35), (78.7, 14.35), color=STEP)
     latent(ax, 79.5, 6, trace.result.x0)
-    name(ax, 75, 29.8, 6, "VAE decoder", VAE)
+    box(ax, 75, 29.8, 6, "VAE decoder", VAE)
     levels = [f"vae.decoder.up_blocks.{k}.resnets.1" for k in range(4)]
     shapes = {each.name: each.shape for each in trace.record.beside}
     for k, (*_, width) in enumerate(shapes[level] for level in levels):
@@ -458,14 +460,11 @@ def signature(picture):
 
 
 found = {name: signature(picture[0]) for name, picture in faults.items()}
-for name_of, numbers in found.items():
-    print("{:20} contrast {:5.1f}   jumps {:5.1f}   red {:5.1f} %".format(name_of, *numbers))
-figures.pictures(
-    [each[0] for each in faults.values()],
-    list(faults),
-    heading="Four faults, four signatures",
-    inches=1.35,
-)
+for name, numbers in found.items():
+    print("{:20} contrast {:5.1f}   jumps {:5.1f}   red {:5.1f} %".format(name, *numbers))
+wrong = [name for name in faults if name != "right"]
+heading = "Four faults, four signatures"
+figures.pictures([faults[name][0] for name in wrong], wrong, heading=heading, inches=1.25)
 
 # %%
 contrast, jumps, red = found["right"]
@@ -581,7 +580,7 @@ if sd is not None:
 # | 2 text encoder | `ldm/text/clip.py`, `TextEncoder.context` | `CLIPTextModel` |
 # | 3 noise | `ldm/noise.py`, `Noise` | `randn_tensor` |
 # | 4 UNet, with guidance | `ldm/models/unet.py`, `UNet`; `ldm/guidance.py`, `classifier_free` | `UNet2DConditionModel`; a line in each pipeline |
-# | 5 sampler | `ldm/samplers/`, 28 functions; `ldm/sampling.py`, the loop | `DDIMScheduler.step` and 50 others |
+# | 5 sampler | `ldm/samplers/`, 28 functions; `ldm/sampling.py`, the loop | `DDIMScheduler.step` and its kin |
 # | 6 VAE decoder | `ldm/models/vae.py`, `VAE.decode` | `AutoencoderKL.decode` |
 #
 # The pipeline, here as there, only puts them together; `ldm.sampling.sample` is the loop of the Build section as a generator, one

@@ -66,7 +66,7 @@ assert seen[3][1] == "boat" and seen[3][0] != "red" and seen[4][1] == "house"
 figures.pictures(
     drawn,
     [text.replace(" on", "\non") for text in odd],
-    inches=1.4,
+    inches=1.35,
     heading="Same noise, six sentences: what of them arrives?",
 )
 
@@ -486,6 +486,7 @@ assert found > 0.85
 
 # %%
 shown = 8
+assert (cosines[:shown, :shown].argmax(dim=1) == torch.arange(shown)).all()
 fig, (top, ax) = figures.canvas(7.6, 3.3, rows=2, height_ratios=[1, 5.6])
 strip = np.concatenate([figures.as_pixels(image) for image in images[:shown]], axis=1)
 top.imshow(strip, extent=(-0.5, shown - 0.5, 0, 1), aspect="auto")
@@ -640,7 +641,7 @@ figures.pictures(
     rows,
     list(switches),
     side=["house left of boat", "boat left of house"],
-    inches=1.4,
+    inches=1.3,
     heading="Order goes only when positions and mask both go",
 )
 
@@ -683,15 +684,13 @@ table(
 #
 # ### No end token
 #
-# The pooled vector, which CLIP compares and SDXL's UNet reads too, stands where the first end token stands. A prompt that is cut
-# after the end was put on has none, if the padding doesn't make up for it. Then nothing stops: `argmax` of "is it the end?"
-# gives position 0.
+# The pooled vector, which CLIP compares and SDXL's UNet reads too, stands where the first end token stands. A long prompt that is
+# cut to 77 after the end was put on has none. Then nothing stops: `argmax` of "is it the end?" gives position 0. Here every
+# caption loses its end:
 
 # %%
 lost = pipe.tokenizer(said_of_unseen).ids
-lost = lost.masked_fill(
-    lost == pipe.tokenizer.eos_id, 0
-)  # no end; 0 is Stable Diffusion 2's padding
+lost[lost == pipe.tokenizer.eos_id] = 0  # no end; 0 is Stable Diffusion 2's padding
 blind = F.normalize(text_tower(lost).pooled, dim=-1)
 alike = (blind @ blind.T).min().item()
 found_now = ((U @ blind.T).argmax(dim=1) == torch.arange(96)).float().mean().item()

@@ -350,7 +350,7 @@ figures.title(fig, f"Latents are {spread:.1f} wide and known to ± {width:.3f}: 
 figures.show(fig, "Histograms: channels beside a standard normal, and the posteriors' deviations")
 
 # %%
-nats = 0.5 * (means**2 + log_variances.exp() - 1 - log_variances).sum((1, 2, 3))  # (3)
+nats = torch.cat([part.kl() for part in parts])  # (3), picture by picture
 weight, l1 = Recipe().kl_weight, (y - x).abs().mean().item()
 print(f"KL: {nats.mean():.0f} nats a picture; in the loss times {weight:g}, "
       f"{weight * nats.mean():.4f}, beside an L1 error of {l1:.3f}")  # fmt: skip
@@ -841,6 +841,10 @@ ldm.check("02.6", fit_preview)
 #
 # The function from the beginning, and equation (5), on Stable Diffusion 1.5. Its VAE learned from photographs; put some of
 # yours into `photographs`, and see how near to 0.18215 you come. Scenes like ours are not what it was measured on.
+#
+# What is a toy here: a VAE of 2.7 million parameters, trained on drawings with an L1 loss, where Stable Diffusion's had a
+# perceptual and an adversarial loss besides. What carries over: the shapes and 48 : 1, the tiny KL weight, the recipe of the
+# factor, and what forgetting it looks like. What does not: the decibels, which channel does what, and 0.41214.
 
 # %% tags=["real-model"]
 photographs = []  # paths of pictures of your own

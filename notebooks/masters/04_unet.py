@@ -390,7 +390,7 @@ def mosaic(pipe, prompt, steps=10, columns=9, seed=1):
             ax.spines[:].set_visible(False)
         line[0].set_ylabel(f"{name}\n{maps.shape[1]} x {maps.shape[2]}", fontsize=8)
     t = pipe.schedule(steps)[taken[-1].i].t
-    figures.title(fig, f"“{prompt}” from inside, at t = {t:.0f}: coarser, then finer again")
+    figures.title(fig, f"From noise to areas and back: “{prompt}”, t = {t:.0f}")
     return figures.show(fig, "Feature maps of each level: noise, coarse areas, noise again")
 
 
