@@ -153,6 +153,9 @@ for step in trace.steps:
     print(f"{step.i + 1:4} {step.level.t:4.0f} {away(step.x_before):14.1f} {away(step.x0):8.1f}")
 assert all(away(step.x0) < away(step.x_before) / 2 for step in trace.steps[:-1])
 assert away(trace[3].x0) < 12 < 30 < away(trace[3].x_before)
+sky = grey(trace.decode(trace[0].x0)[0])[8:30].mean(2)
+left, middle, right = (part.max() for part in (sky[:, :32], sky[:, 32:96], sky[:, 96:]))
+assert min(left, right) > 2 * middle, "two moons in the first guess"
 
 # %% [markdown]
 # The guess runs ahead: at the fourth step it is nearly the picture, while $x$ is still covered with splinters. The first guess
@@ -162,8 +165,8 @@ assert away(trace[3].x0) < 12 < 30 < away(trace[3].x_before)
 # ### One word
 #
 # Now the noise stays, and one word goes. Where is the house? The model says so itself: we ask at which places it looked at the
-# word "house" (the mask below is where it did so at least half as much as at the most), and measure how much changes in there and how
-# much outside.
+# word "house" (white below: at least half as much as at the most), and measure how much changes in there and how much outside, in grey
+# levels of 255.
 
 # %%
 swaps = {"red": "yellow", "house": "tree", "snow": "grass", "night": "sunset"}
@@ -298,7 +301,7 @@ def box(ax, x, y, number, text, color):
     """A box's number on a disc, and its name."""
     ax.plot(x, y, "o", markersize=13, color=color)
     ax.text(x, y - 0.1, str(number), color="w", ha="center", va="center", weight="bold", size=8)
-    ax.text(x + 1.7, y, text, color=color, va="center", weight="bold", size=9)
+    ax.text(x + 1.7, y, text, color=figures.INK, va="center", weight="bold", size=9)
 
 
 def note(ax, x, y, text, color=figures.QUIET, **more):
@@ -341,7 +344,7 @@ def words_half(ax, pipe, trace):
         x, y = 3.8 + 6.2 * (k % 5), 51.8 - 5.4 * (k // 5)
         ax.bar(x, 4.6, 5.6, y - 2.3, color="w", edgecolor=WORDS, linewidth=0.6)
         note(ax, x, y + 1.0, text, figures.INK)
-        note(ax, x, y - 1.1, ids[k], WORDS, weight="bold")
+        note(ax, x, y - 1.1, ids[k], weight="bold")
     note(ax, 16.2, 42, f"{len(ids)} numbers: behind the “end” only more of it")
     arrow(ax, (32.4, 49.2), (37.4, 49.2))
     box(ax, 39.7, 57.3, 2, "text encoder", WORDS)
@@ -382,7 +385,7 @@ def unet_half(ax, pipe, trace):
     note(ax, 60, 20, "σ: noise", rotation=90)
     arrow(ax, (66, 11), (66, 5.4), (15, 5.4), (15, 20.6), color=STEP)
     times = f"{len(trace)} times, at t = {rows[0].t:.0f} to {rows[-2].t:.0f}"
-    note(ax, 40, 4, times, STEP, weight="bold")
+    note(ax, 40, 4, times, weight="bold")
 
 
 # %%
