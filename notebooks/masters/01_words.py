@@ -146,9 +146,8 @@ print("the first six:", ", ".join("+".join(pair) for pair in learnt[:6]))
 print(f"of the 158 pairs of the embedded tokenizer, {common} are found again")
 
 # %% [markdown]
-# The embedded tokenizer learnt from 48,000 captions instead of 2,000; run on all of those, the cell gives its list exactly.
-# With 256 bytes, the same 256 at the end of a word (`</w>`), 158 joined pieces and the two marks for begin and end it has 672
-# pieces. CLIP's has 49,408, from far more text, by the same rule. To read a new word, the list is replayed: that is (1).
+# The embedded tokenizer learnt from more captions than that, those of 12,000 pictures, by the same function. With 256 bytes,
+# the same 256 at the end of a word (`</w>`), 158 joined pieces and the two marks for begin and end it has 672 pieces. CLIP's has 49,408, from far more text, by the same rule. To read a new word, the list is replayed: that is (1).
 
 
 # %%

@@ -387,9 +387,8 @@ assert abs(theirs * ours.std().item() - 1) < 1e-4, "equation (5) is what the tra
 
 # %% [markdown]
 # Near, and not equal. Why? It is a statistic of *which* pictures and *how many*. The number in the file was measured over
-# 1,024 pictures, ours over the first 256 of them. All 1,024 (half a minute: `latent_scale(vae, Rows(), count=1024)` with as
-# many pictures drawn) give 0.41207 on the weights as they lie here, which were rounded to half precision after 0.41214 was
-# measured; rounding weights by that much moved the factor by 0.015 % in a trial, and 0.02 % is the difference.
+# 1,024 pictures (the default of `latent_scale`), ours over the first 256 of them; and the weights as they lie here were
+# rounded to half precision after it was measured.
 #
 # How many pictures does it take? We draw batches of every size from our 256.
 

@@ -166,12 +166,8 @@ left.plot(scales, [100 * right_share[s] for s in scales], "o-")
 left.set(xlabel="scale of guidance", ylabel="questions answered rightly, %", ylim=(0, 100))
 right.plot(list(variety), list(variety.values()), "o-", color=figures.COLORS[1])
 right.set(xlabel="scale of guidance", ylabel="variety of 32 flowers, bits", ylim=(0, None))
-figures.title(
-    fig, f"Agreement is best at scale {best}, then collapses; guidance costs variety"
-)
-figures.show(
-    fig, "Accuracy against the scale rises, stays, falls after 4; variety is highest at 1"
-)
+figures.title(fig, f"Agreement is best at scale {best}, then collapses; guidance costs variety")
+figures.show(fig, "Accuracy against the scale rises, stays, falls after 4; variety is highest at 1")
 
 # %%
 for s in scales:
