@@ -36,7 +36,7 @@ figures.pictures([seen, *drawn], labels, heading=heading, inches=1.35)
 #
 # | box | is given | hands on | opened in |
 # |---|---|---|---|
-# | 1 tokenizer | the sentence | 77 numbers, one for each piece of a word | [01](01_words.ipynb) |
+# | 1 tokenizer | the sentence | 77 numbers: one for each piece of a word, the rest is padding | [01](01_words.ipynb) |
 # | 2 text encoder | these numbers | 77 vectors: what the words mean beside each other | [01](01_words.ipynb) |
 # | 3 noise | a seed | a small grid of random numbers, the *latent* | [03](03_noise.ipynb) |
 # | 4 UNet, with guidance | latent, vectors, how noisy it is | what of the latent it takes for noise | [04](04_unet.ipynb), [05](05_attention.ipynb), [06](06_guidance.ipynb) |
@@ -58,7 +58,7 @@ my_guess = {"(a) box, share in %": None, "(b) what changes": None, "(c) steps": 
 # ## Derive
 #
 # One line of algebra carries everything. Take a clean latent $x_0$ and mix noise $\epsilon$ into it, $\alpha$ parts of the
-# one and $\sigma$ parts of the other:
+# one and $\sigma$ parts of the other (for this model their squares add up to 1):
 #
 # $$x = \alpha\,x_0 + \sigma\,\epsilon. \tag{1}$$
 #
@@ -144,7 +144,7 @@ def grey(image):
 
 
 def away(x0):
-    """How far a latent, painted out, is from the finished picture: mean difference in grey levels."""
+    """How far a latent, painted out, is from the finished picture: in grey levels, on average."""
     return np.abs(grey(trace.decode(x0)[0]) - grey(trace.result.images[0])).mean()
 
 
@@ -159,8 +159,8 @@ assert min(left, right) > 2 * middle, "two moons in the first guess"
 
 # %% [markdown]
 # The guess runs ahead: at the fourth step it is nearly the picture, while $x$ is still covered with splinters. The first guess
-# is what (2) has to reckon with: a red blur, where a house might stand, and *two* moons, one on each side. It is the mean of all
-# the pictures that this noise may hide. The first steps decide what is where, the later ones draw it finely.
+# is what (2) has to reckon with: a red blur, where a house might stand, and *two* moons, one on each side. It is the
+# mean of all the pictures that this noise may hide, exaggerated by guidance. The first steps decide what is where, the later ones draw it finely.
 #
 # ### One word
 #
@@ -311,10 +311,10 @@ def arrow(ax, *points, color=figures.QUIET):
 
 
 def image(ax, corner, size, values, how="nearest"):
-    """Pixels, or numbers in whole steps from -3 to 3, as a small picture inside the figure."""
+    """Pixels, or numbers from -3 to 3, as a small picture inside the figure."""
     inset = ax.inset_axes([*corner, *size], transform=ax.transData)
     colors = dict(cmap=figures.SIGNED, vmin=-3, vmax=3)
-    inset.imshow(values.round(), aspect="auto", interpolation=how, **colors)
+    inset.imshow(values, aspect="auto", interpolation=how, **colors)
     inset.set(xticks=[], yticks=[])
     inset.spines[:].set(visible=True, color=figures.QUIET, linewidth=0.6)
 
@@ -323,7 +323,7 @@ def image(ax, corner, size, values, how="nearest"):
 def latent(ax, x, y, values, side=11):
     """The four channels of a latent (1, 4, h, w) as one square."""
     four = torch.cat([torch.cat(list(values[0, :2]), 1), torch.cat(list(values[0, 2:]), 1)])
-    image(ax, (x, y), (side, side), four)
+    image(ax, (x, y), (side, side), (2 * four).round() / 2)  # few colours: a small file
     note(ax, x + side / 2, y - 1.5, tuple(values.shape))
 
 
@@ -345,7 +345,7 @@ def words_half(ax, pipe, trace):
     arrow(ax, (32.4, 49.2), (37.4, 49.2))
     box(ax, 39.7, 57.3, 2, "text encoder", WORDS)
     context = pipe.encode(trace.settings.prompt)
-    image(ax, (38.5, 43.8), (24, 11), context[0])
+    image(ax, (38.5, 43.8), (24, 11), context[0].round())
     note(ax, 50.5, 42, f"{tuple(context.shape)}; {cost(pipe.text_encoder, '2 text encoder')}")
 
 

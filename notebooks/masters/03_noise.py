@@ -428,7 +428,7 @@ last = misses[512] / misses[256]
 print(f"The last doubling took off {100 * (1 - last):.0f} %.")
 print(f"network:     {e['network', 'new'][400]:.3f}")
 shares = [misses[2 * n] / misses[n] for n in sizes[:-1]]
-at_best = misses[512] * min(shares) ** np.log2(12_000 / 512)
+at_best = misses[512] * min(shares) ** math.log2(12_000 / 512)
 print(f"12,000 scenes, if every doubling did as much as the best of these: {at_best:.2f}")
 assert all(0.85 < share < 0.99 for share in shares)
 assert at_best > 3 * e["network", "new"][400]
