@@ -118,3 +118,23 @@ def test_with_weights_it_runs(monkeypatch, tmp_path):
         real("sd15")
     with pytest.raises(LDMError, match="The notebooks know no real model 'sd3': they know sd15"):
         real("sd3")
+
+
+def test_the_poster_says_what_the_trace_holds(monkeypatch):
+    """Two steps of a small picture: its numbers stand in the figure, and its pixels at the end of the road."""
+    import ldm
+    from ldm.lab import poster
+
+    said = []
+    monkeypatch.setattr(poster, "note", lambda ax, x, y, text, *more, **named: said.append(text))
+    pipe = ldm.load("scenes")
+    trace = pipe.trace("a red boat", seed=1, steps=2, sampler="ddim", width=96, height=64)
+    names = ("1 tokenizer", "2 text encoder", "3 noise", "4 UNet", "5 sampler", "6 VAE decoder")
+    shown = poster.poster(pipe, trace, {name: 10.0 * k for k, name in enumerate(names)})
+    assert shown.mime == "image/png" and shown.image.width == 860
+    assert said.count((1, 4, 8, 12)) == 3  # noise, the noise seen, the clean latent
+    assert {"begin", "red", "boat", "end"} <= set(said) and pipe.tokenizer("a red boat").ids[0, 2].item() in said
+    assert "2 times, at t = 501 to 1" in said
+    assert any(str(text).startswith("(1, 77, 128)") and str(text).endswith("M weights, 10 ms") for text in said)
+    assert any(str(text).startswith("(2, 4, 8, 12), without and with words; 5.5 M weights, 30 ms") for text in said)
+    assert any(str(text).startswith("(1, 3, 64, 96)") for text in said)

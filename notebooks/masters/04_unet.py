@@ -697,7 +697,7 @@ faults = {
     "norm of the batch": partial(with_norms, over_the_batch),
     "eps 1e-6": partial(with_norms, other_eps),
 }
-marks = {}
+marks, reference = {}, None
 for name, network in faults.items():
     said = {t: network(noisy(t)[:6], t, context[:6]) for t in (900, 250, 1)}
     reference = reference if marks else said[250]
