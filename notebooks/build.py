@@ -18,13 +18,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import metadata
+from itertools import zip_longest
 from pathlib import Path
 
 import jupytext
 import nbformat
-import tomllib
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
@@ -32,11 +33,17 @@ from ldm.io.atomic import atomic_file
 
 HERE = Path(__file__).resolve().parent
 MASTERS, STUDENT = HERE / "masters", HERE / "student"
-PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+META = metadata("ldm-from-scratch")
+PROJECT = {
+    "name": META["Name"],
+    "version": META["Version"],
+    "urls": dict(each.split(", ", 1) for each in META.get_all("Project-URL") or ()),
+}
 BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
 MOST_BYTES = 500_000  # of a generated notebook
 MOST_CELL, MOST_NOTEBOOK = 60, 300  # seconds, on two cores
 STAND_INS = {"LDM_SD15": "scenes", "LDM_SD15_CANNY": "scenes-canny"}  # variable: an embedded model
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 INSTALL = f"""# Where ldm is installed, this does nothing. (The package called "ldm" on PyPI is another one.)
@@ -51,13 +58,16 @@ OFFLINE = """
 import socket as _socket
 def _offline(what):
     raise OSError(f"the notebook asked for the network: {what}")
-_connect, _look_up = _socket.socket.connect, _socket.getaddrinfo
+_look_up = _socket.getaddrinfo
 def _local(host):
     return str(host) in ("127.0.0.1", "localhost", "::1")
-def _guarded(self, address):
-    here = self.family == getattr(_socket, "AF_UNIX", None) or _local(address[0])
-    return _connect(self, address) if here else _offline(address)
-_socket.socket.connect = _socket.socket.connect_ex = _guarded
+def _guarded(connect):
+    def guarded(self, address):
+        here = self.family == getattr(_socket, "AF_UNIX", None) or _local(address[0])
+        return connect(self, address) if here else _offline(address)
+    return guarded
+_socket.socket.connect = _guarded(_socket.socket.connect)
+_socket.socket.connect_ex = _guarded(_socket.socket.connect_ex)
 _socket.getaddrinfo = lambda host, *more, **named: _look_up(host, *more, **named) if _local(host) else _offline(host)
 """
 
@@ -109,6 +119,8 @@ def view(master: Path, student: bool) -> NotebookNode:
                 cell.source = change(cell.source)
             except ValueError as error:
                 raise SystemExit(f"{master.name}: {error}, in the cell that begins {cell.source[:60]!r}") from None
+        elif student:  # it lies one folder deeper, beside the other students' views
+            cell.source = cell.source.replace("](README.md)", "](../README.md)")
     place = f"notebooks/student/{master.stem}.ipynb" if student else f"notebooks/{master.stem}.ipynb"
     head = [new_markdown_cell(badge(place))] if badge(place) else []
     book.cells[1:1] = [*head, new_code_cell(INSTALL)]
@@ -161,7 +173,7 @@ def run(name: str, book: NotebookNode, strict: bool, stand_in: bool = False) -> 
     began, problems = time.monotonic(), ()
     try:
         client.execute(env=os.environ | models | told)
-    except CellExecutionError as error:
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         problems = (re.sub(r"\x1b\[[0-9;]*m", "", str(error)),)
     seconds, slowest = time.monotonic() - began, 0.0
     book.cells.pop(0)
@@ -263,8 +275,38 @@ def execute(paths: list[Path], processes: int) -> int:
     ran = run_all(jobs, processes)
     slow = [one for one in ran if one.slowest > MOST_CELL or one.seconds > MOST_NOTEBOOK]
     problems = [f"{one.name}: {problem}" for one in ran for problem in one.problems]
+    problems += [f"{one.name}.ipynb {found}" for one in ran[: len(paths)] for found in drifted(one)]
     problems += [f"{one.name} is too slow: at most {MOST_NOTEBOOK} s, {MOST_CELL} s a cell" for one in slow]
     return complain(problems)
+
+
+def printed(book: NotebookNode) -> list[str]:
+    """The lines that the cells printed, but for those of a clock (tag "clock") and of a real model."""
+    lines = []
+    for cell in book.cells:
+        if cell.cell_type == "code" and not {"clock", "real-model"} & set(cell.metadata.get("tags", [])):
+            streams = [output.text for output in cell.outputs if output.output_type == "stream"]
+            lines += "".join(streams).splitlines()
+    return lines
+
+
+def alike(a: str, b: str) -> bool:
+    """Whether two lines say the same, their numbers about: other machines round otherwise."""
+    pairs = zip(NUMBER.findall(a), NUMBER.findall(b), strict=False)
+    near = all(abs(float(x) - float(y)) <= 0.02 + 0.05 * abs(float(x)) for x, y in pairs)
+    return near and NUMBER.sub("#", a).split() == NUMBER.sub("#", b).split()
+
+
+def drifted(ran: Ran) -> list[str]:
+    """What is wrong with the outputs that a solution's file holds: those of other code than there is now."""
+    path = HERE / f"{ran.name}.ipynb"
+    if ran.problems or not path.exists():
+        return []
+    old, new = printed(nbformat.read(path, as_version=4)), printed(ran.book)
+    other = [(a, b) for a, b in zip_longest(old, new, fillvalue="") if not alike(a, b)]
+    if len(other) <= len(new) / 10:  # a reading of a picture may tip over on another machine, but not many
+        return []
+    return [f"holds outputs that are not today's, such as {other[0][0]!r}, now {other[0][1]!r}: build it again"]
 
 
 def complain(problems: list[str]) -> int:
@@ -280,6 +322,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--execute", action="store_true", help="run both views of each, and write nothing")
     parser.add_argument("--processes", type=int, default=2, help="notebooks run at the same time (default: 2)")
     args = parser.parse_args(argv)
+    if args.processes < 1 or (args.check and args.numbers):
+        parser.error(
+            "--processes is 1 or more" if args.processes < 1 else "--check looks at all: leave the numbers out"
+        )
     if args.check:
         return check()
     return (execute if args.execute else build)(masters(args.numbers), args.processes)

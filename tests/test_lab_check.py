@@ -88,6 +88,46 @@ def test_what_a_wrong_answer_is_told(answer, sentence):
     assert verdict.state == WRONG and verdict.sentence.startswith(sentence)
 
 
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+class Unshowable:
+    def __repr__(self):
+        raise ValueError
+
+
+def leave(x, k):
+    raise SystemExit(3)
+
+
+def mute(x, k):
+    raise Mute
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (leave, "it stops with SystemExit: 3, at "),
+        (mute, "it stops with Mute: an error that has no text, at `raise Mute`."),
+        (lambda x, k: twice(x, k).to("meta"), "what it gives can't be compared with the right answer ("),
+        (lambda x, k: twice(x, k).to_sparse(), "what it gives can't be compared with the right answer ("),
+        (lambda x, k: torch.nested.nested_tensor([x, x]), "what it gives can't be compared with the right answer ("),
+        (lambda x, k: Unshowable(), "it gives a thing of type Unshowable, where a tensor belongs."),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_nothing_that_an_answer_does_stops_a_notebook(answer, sentence):
+    verdict = judge(PLAIN, answer, 5)
+    assert verdict.state == WRONG and verdict.sentence.startswith(sentence)
+
+
+def test_a_thing_that_cannot_be_shown_is_wrong():
+    of_texts = Exercise("text()", lambda: "a", calling(()))
+    assert judge(of_texts, Unshowable, 0).sentence.startswith("what it gives can't be compared")
+
+
 def not_yet(x, k):
     raise NotImplementedError
 
@@ -158,10 +198,11 @@ def test_what_a_reader_sees(capsys, monkeypatch):
     ldm.check("06.19", right)
     ldm.check("66.1", right)
     ldm.check(6.1, right)
+    ldm.check(["06.1"], right)
     lines = capsys.readouterr().out.splitlines()
     assert "There is no exercise '06.19'; there are 06.1, 06.2, 06.3, 06.4. Did you mean '06.1'?" in lines[0]
     assert "There is no exercise '66.1'; the notebooks with exercises are 00, 01, 02" in lines[1]
-    assert "There is no exercise 6.1" in lines[2]
+    assert "There is no exercise 6.1" in lines[2] and "There is no exercise ['06.1']" in lines[3]
 
 
 def test_strict_is_strict(capsys, monkeypatch):

@@ -75,12 +75,19 @@ def test_code_fits_the_page_and_needs_nothing_but_ldm(build, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_links_between_the_notebooks_lead_somewhere(name):
-    text = (ROOT / "notebooks" / "masters" / f"{name}.py").read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
-    assert links, "each leads to the next"
-    for link in links:
-        assert Path(link).stem in [*NAMES, "README"] and Path(link).suffix in (".ipynb", ".md"), link
+def test_links_between_the_notebooks_lead_somewhere(build, name):
+    for folder, student in ((ROOT / "notebooks", False), (ROOT / "notebooks" / "student", True)):
+        book = build.view(ROOT / "notebooks" / "masters" / f"{name}.py", student)
+        text = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+        links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+        assert links, "each leads to the next"
+        for link in links:
+            assert (folder / link).exists(), link
+
+
+def test_the_readme_counts_the_exercises():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"with {len(all_exercises())} exercises" in text
 
 
 # ---------------------------------------------------------------------------------------------------- making them
@@ -247,6 +254,49 @@ def test_failing_and_slow_notebooks_are_named(build, tiny, monkeypatch, capsys):
         "99_tiny is too slow: at most 300 s, 60 s a cell",
         "student/99_tiny is too slow: at most 300 s, 60 s a cell",
     ]
+
+
+def with_lines(text):
+    """A notebook whose two cells printed this."""
+    cells = [new_code_cell("a", outputs=[new_output("stream", name="stdout", text=text)])]
+    return new_notebook(cells=[*cells, new_code_cell("b", metadata={"tags": ["clock"]})])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fresh"),
+    [
+        ("loss 0.50\na boat\n", "loss 0.51\na boat\n", True),
+        ("loss 0.50\na boat\n", "loss 0.70\na boat\n", False),
+        ("loss 0.50\na boat\n", "loss 0.50\na fish\n", False),
+        ("one\n", "one\ntwo\n", False),
+        ("line\n" * 20 + "a boat\n", "line\n" * 20 + "a fish\n", True),  # one in twenty may tip over
+        ("line\n" * 5 + "a boat\n", "line\n" * 5 + "a fish\n", False),
+    ],
+)
+def test_outputs_of_other_code_are_noticed(build, tiny, old, new, fresh):
+    nbformat.write(with_lines(old), tiny / "99_tiny.ipynb")
+    found = build.drifted(build.Ran("99_tiny", 1.0, 1.0, (), with_lines(new)))
+    assert (found == []) == fresh and all("not today's" in each for each in found)
+
+
+def test_a_clock_s_outputs_may_change(build, tiny):
+    old, new = with_lines("a\n"), with_lines("a\n")
+    for book, text in ((old, "3 ms"), (new, "700 ms")):
+        book.cells[1].outputs = [new_output("stream", name="stdout", text=text)]
+    nbformat.write(old, tiny / "99_tiny.ipynb")
+    assert build.drifted(build.Ran("99_tiny", 1.0, 1.0, (), new)) == []
+
+
+def test_a_kernel_that_dies_is_a_problem_of_its_notebook(build):
+    ran = build.run("tiny", new_notebook(cells=[new_code_cell("import os; os._exit(1)")]), strict=False)
+    assert len(ran.problems) == 1 and "died" in ran.problems[0]
+
+
+def test_wrong_options_of_the_builder_are_refused(build, capsys):
+    for wrong in (["--processes", "0"], ["--check", "06"]):
+        with pytest.raises(SystemExit):
+            build.main(wrong)
+    assert "--processes is 1 or more" in capsys.readouterr().err
 
 
 def test_what_fails_strictly_is_not_written(build, tiny, monkeypatch, capsys):

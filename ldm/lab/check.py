@@ -92,7 +92,7 @@ def line_of(name: str, asks: str, verdict: Verdict) -> str:
 def find(name: str) -> Exercise:
     """The exercise of that name, "06.1": the first of notebook 06. Raises LDMError if there is none."""
     known = all_exercises(str(name).partition(".")[0])
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         numbers = [found.name.removeprefix("n") for found in pkgutil.iter_modules(exercises.__path__)]
         there = f"there are {', '.join(known)}" if known else f"the notebooks with exercises are {', '.join(numbers)}"
         raise LDMError(f"There is no exercise {name!r}; {there}.{nearest(str(name), known)}")
@@ -127,12 +127,17 @@ def judge(exercise: Exercise, answer: object, seed: int) -> Verdict:
         return Verdict(TO_DO, "to do.")
     except Told as told:
         return Verdict(WRONG, str(told))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Verdict(WRONG, stumbled(error))
     if outcome and all(each is None or each is ... for each in outcome):
         return Verdict(TO_DO, "to do (it returns nothing yet).")
     truth = tried(exercise, exercise.right, seed)
-    if (difference := differs(outcome, truth, exercise)) is None:
+    try:
+        difference = differs(outcome, truth, exercise)
+    except Exception as error:  # sparse, nested, on the meta device, or a thing that cannot even be shown
+        kind = type(error).__name__
+        return Verdict(WRONG, f"what it gives can't be compared with the right answer ({kind}): give plain tensors.")
+    if difference is None:
         return Verdict(RIGHT, "right.")
     for sentence, wrong in exercise.wrong.items():
         try:
@@ -151,12 +156,16 @@ def tried(exercise: Exercise, answer: object, seed: int) -> list:
         return list(exercise.use(answer, torch.Generator().manual_seed(seed)))
 
 
-def stumbled(error: Exception) -> str:
+def stumbled(error: BaseException) -> str:
     """What broke, and in which line of the reader's."""
+    try:
+        said = " ".join(str(error).split())[:200]
+    except Exception:  # an error of the reader's own making
+        said = "an error that has no text"
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(str(PACKAGE))]
     place = f", at `{own[-1].line}`" if own and own[-1].line else ""
-    return f"it stops with {type(error).__name__}: {' '.join(str(error).split())[:200]}{place}."
+    return f"it stops with {type(error).__name__}: {said}{place}."
 
 
 # ------------------------------------------------------------------------------------------ trying and comparing

@@ -135,7 +135,7 @@ print("Three schedules, bit for bit those of ldm.")
 
 # %%
 def ideal(x, level, data):
-    """The mean of what x (B, 4, h, w) may have been among `data` (N, 4, h, w), and weights (B, N)."""
+    """The mean of what x (B, 4, h, w) may have been in `data` (N, 4, h, w), and weights (B, N)."""
     distance = torch.cdist(x.flatten(1), level.alpha * data.flatten(1)) ** 2  # (B, N)
     w = (-distance / (2 * level.sigma**2)).softmax(1)  # (4)
     return (w @ data.flatten(1)).view_as(x), w
@@ -162,7 +162,7 @@ def encode(some):
 
 
 def noisy(x0, t, seed=0):
-    """Latents (B, 4, h, w) under noise, each with a seed of its own from `seed` on, and the level."""
+    """Latents (B, 4, h, w) under noise, each with a seed of its own, and the level."""
     level = level_at(t)
     eps = ldm.Noise.from_seeds(range(seed, seed + len(x0))).draw(x0.shape[1:])
     return add_noise(x0, eps, level.alpha, level.sigma), level

@@ -377,7 +377,7 @@ for fault in ("none", "no root", "over positions", "values shifted"):
     signs[fault] = float(np.mean(sharp)), float(np.mean(sums))
     seen_there = read([drawn[fault]])[0]
     print(
-        f"{fault:15} sharpness {signs[fault][0]:.3f}, rows off 1 by {signs[fault][1]:.3f}: {seen_there}"
+        f"{fault:15} sharpness {signs[fault][0]:.3f}, rows off by {signs[fault][1]:.3f}: {seen_there}"
     )
 plain = pipe(text, seed=3, steps=12, guidance=4.0, sampler="ddim").images[0]
 assert np.abs(np.asarray(plain, float) - np.asarray(drawn["none"], float)).mean() < 0.5
