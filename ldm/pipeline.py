@@ -135,11 +135,17 @@ class Pipeline:
         """
         return self.prepare(prompt, **options).steps(after)
 
-    def trace(self, prompt: str | Sequence[str], **options) -> "Trace":
-        """A run with all that can be seen of it: steps, attention maps, words, times. The options are `prepare`'s."""
+    def trace(
+        self, prompt: str | Sequence[str], *, memory: float = 512, layers: str | Sequence[str] | None = None, **options
+    ) -> "Trace":
+        """A run with all that can be seen of it: steps, attention maps, words, times.
+
+        memory     MiB of attention maps that are kept; what is more is averaged over heads, then over steps
+        layers     keep those of these layers alone, named as in `ldm.watch`; the other options are `prepare`'s
+        """
         from ldm.lab.trace import trace  # drawing a picture needs no laboratory
 
-        return trace(self, prompt, **options)
+        return trace(self, prompt, memory=memory, layers=layers, **options)
 
     def prepare(
         self,

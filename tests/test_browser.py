@@ -74,7 +74,9 @@ def runs(tmp_path_factory):
     other = pipe.trace("a red boat", seed=4, steps=2, sampler="ddim", guidance=1)
     page.write(first, folder / "one.html")
     page.write(first, folder / "two.html", other)
-    parts = [page.html(each).partition("<script>") for each in (first, first, other)]
+    still = pipe.trace("a large red house, a tree", image=first.result.x0, strength=0)
+    page.write(first, folder / "still.html", still)
+    parts = [page.show(each).html.partition("<script>") for each in (first, first, other)]
     places = "".join(place for place, _, _ in parts)
     scripts = "".join(start + script for _, start, script in reversed(parts))  # each finds its own place
     (folder / "several.html").write_text(f"<meta charset=utf-8><p id=x>{places}{scripts}", encoding="utf-8")
@@ -329,6 +331,13 @@ def test_two_runs_side_by_side(opened, runs):
     stepper.words[3].click()  # house, which B lacks
     assert np.array_equal(stepper.pixels("decode")[1], before[1])
     assert [each.text for each in stepper.all("p.strip")] == ["The other sentence has no such word."]
+
+
+def test_a_run_without_maps_says_so_beside_one_that_has_them(opened):
+    stepper = opened("still.html")[0]
+    stepper.words[2].click()
+    assert [each.text for each in stepper.all("p.strip")] == ["This run has no attention maps."]
+    assert len(stepper.all(".strip button")) == STEPS + 1
 
 
 def test_several_steppers_on_a_page_go_their_own_ways(opened, browser):

@@ -3,6 +3,7 @@
 Also that a check never stops a notebook, and does where it is told to be strict.
 """
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,6 +146,16 @@ def test_answers_of_other_kinds_are_compared_too():
     assert judge(of_numbers, 3, 0).state == RIGHT
     assert judge(of_numbers, 4, 0) == (WRONG, "one too many.")
     assert judge(of_numbers, "three", 0) == (WRONG, "it gives a thing of type str, where numbers belong.")
+
+
+def test_a_number_is_as_good_as_a_tensor_that_holds_one_and_a_tensor_as_a_list():
+    of_a_share = Exercise("share(x)", lambda x: x.mean(), calling(lambda g: (torch.rand(4, generator=g),)))
+    for answer in (lambda x: x.mean().item(), lambda x: np.mean(x.numpy()), lambda x: x.sum() / 4):
+        assert judge(of_a_share, answer, 0).state == RIGHT
+    of_sizes = Exercise("sizes()", lambda: [1, 2, 3], calling(()))
+    for answer in (lambda: torch.tensor([1, 2, 3]), lambda: np.array([1, 2, 3]), lambda: (1, 2, 3)):
+        assert judge(of_sizes, answer, 0).state == RIGHT
+    assert judge(of_sizes, lambda: torch.tensor([1, 2, 4]), 0).state == WRONG
 
 
 def test_a_property_that_fails_is_said_in_its_own_words():

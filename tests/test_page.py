@@ -47,7 +47,7 @@ def trace(pipe):
 
 @pytest.fixture(scope="module")
 def data(trace):
-    return data_of(page.html(trace))["runs"][0]
+    return data_of(page.show(trace).html)["runs"][0]
 
 
 def data_of(text):
@@ -180,8 +180,8 @@ def test_the_sheet_shows_each_prediction_in_its_place_and_last_the_picture():
 
 
 def test_pages_are_small():
-    assert len(page.html(drawn(12)).encode()) < 150_000
-    assert len(page.html(drawn(25)).encode()) < 300_000
+    assert len(page.show(drawn(12)).html.encode()) < 150_000
+    assert len(page.show(drawn(25)).html.encode()) < 300_000
 
 
 def test_large_latents_and_pictures_are_shown_smaller_and_that_is_said(trace):
@@ -213,6 +213,30 @@ def test_of_a_batch_one_picture_is_shown(pipe):
         page.show(run, picture=2)
     with pytest.raises(LDMError, match="drew one picture, number 0: it has no picture -1"):
         page.show(pipe.trace("a tree", steps=1), picture=-1)
+
+
+def test_two_pictures_of_one_batch_stand_side_by_side(pipe, tmp_path):
+    batch, one = pipe.trace(["a red house", "a tree"], seed=5, steps=1), pipe.trace("a tree", seed=6, steps=1)
+    apart = [shown.read(batch, 0, "A"), shown.read(batch, 1, "B")]
+    for given in ((batch, batch, 0, 1), (batch, None, 0, 1)):
+        stepper = page.show(*given)
+        assert [run.data for run in stepper.runs] == [run.data for run in apart]
+        assert data_of(stepper.html)["differs"] == "A and B differ in seed (5 | 6), prompt."
+    page.write(batch, tmp_path / "run.html", batch, 1, 0)
+    text = (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert [run["settings"][:6] for run in data_of(text)["runs"]] == ["seed 6", "seed 5"] and "<title>a tree<" in text
+    assert data_of(page.show(batch, batch, 1).html)["differs"].startswith("A and B have the same settings")
+    alone = data_of(page.show(batch, one, 1).html)  # of which there is but one
+    assert alone["differs"].startswith("A and B have the same settings") and len(alone["runs"]) == 2
+    with pytest.raises(LDMError, match="drew one picture, number 0: it has no picture 1"):
+        page.show(batch, one, 1, 1)
+
+
+@pytest.mark.parametrize("other", [3, "x", []])
+def test_beside_a_run_stands_a_run(trace, other):
+    kind = type(other).__name__
+    with pytest.raises(LDMError, match=rf"^other is a second run, a Trace \(.*of type {kind}: .* such as picture=1\."):
+        trace.show(other)
 
 
 # ---------------------------------------------------------------------------------------------- what a run lacks
@@ -308,7 +332,7 @@ def test_the_page_needs_nothing_from_elsewhere(trace, tmp_path):
 
 
 def test_pictures_stand_where_scripts_are_blocked(trace):
-    text = page.html(trace)
+    text = page.show(trace).html
     outside = Outside(text)
     steps, words = outside.images()
     assert steps["alt"].startswith(f"4 predicted pictures and the result of the run “{PROMPT}”")
@@ -326,9 +350,9 @@ def test_pictures_stand_where_scripts_are_blocked(trace):
 
 def test_the_same_run_makes_the_same_page_and_another_another(trace, pipe):
     other = pipe.trace(PROMPT, seed=4, steps=4, height=2 * SIZE)
-    tokens = [data_of(page.html(*each))["token"] for each in ((trace,), (trace,), (other,), (trace, other))]
+    tokens = [data_of(page.show(*each).html)["token"] for each in ((trace,), (trace,), (other,), (trace, other))]
     assert tokens[0] == tokens[1] and len(set(tokens)) == 3
-    assert f'data-ldm-stepper="{tokens[0]}"' in page.html(trace)
+    assert f'data-ldm-stepper="{tokens[0]}"' in page.show(trace).html
 
 
 def test_a_page_is_written_whole_or_not_at_all(trace, tmp_path, monkeypatch):
@@ -372,11 +396,11 @@ def test_other_runs_are_paired_by_their_place_between_noise_and_picture():
 
 def test_what_two_runs_differ_in_is_said(pipe):
     first = pipe.settings("a tree", seed=1, steps=4)
-    assert page.differences(first, first, 0) == (
+    assert page.differences(first, first, 0, 0) == (
         "A and B have the same settings, to which models, given pictures and ControlNets don't belong."
     )
     other = pipe.settings("a house", seed=2, steps=4, sampler="ddim", guidance=3.5, negative="blue", strength=0.5)
-    assert page.differences(first, other, 0) == (
+    assert page.differences(first, other, 0, 0) == (
         "A and B differ in seed (1 | 2), prompt, negative (“” | blue), sampler (dpm++2m | ddim), guidance (2 | 3.5), "
         "strength (none | 0.5)."
     )
@@ -384,11 +408,11 @@ def test_what_two_runs_differ_in_is_said(pipe):
 
 def test_two_runs_on_a_page(trace, pipe):
     other = pipe.trace("a tree", seed=4, steps=2)
-    found = data_of(page.html(trace, other))
+    found = data_of(page.show(trace, other).html)
     assert [run["letter"] for run in found["runs"]] == ["A", "B"] and len(found["pairs"]) == 5
-    assert found["runs"][1] == {**data_of(page.html(other))["runs"][0], "letter": "B"}
+    assert found["runs"][1] == {**data_of(page.show(other).html)["runs"][0], "letter": "B"}
     assert found["differs"].startswith("A and B differ in seed (3 | 4), prompt, steps (4 | 2)")
-    assert Outside(page.html(trace, other)).images()[2]["data-run"] == "1"
+    assert Outside(page.show(trace, other).html).images()[2]["data-run"] == "1"
 
 
 # ---------------------------------------------------------------------------------------------- ldm explain
@@ -414,7 +438,7 @@ def test_explain_writes_the_page_of_the_run(cli, pipe, tmp_path):
     assert cli("a tree", *words).out == "run.html\n"
     text = (tmp_path / "run.html").read_text(encoding="utf-8")
     run = pipe.trace("a tree", seed=5, steps=2, guidance=3.0, negative="blue", width=16, clip_skip=1)
-    found, expected = data_of(text)["runs"][0], data_of(page.html(run))["runs"][0]
+    found, expected = data_of(text)["runs"][0], data_of(page.show(run).html)["runs"][0]
     for each in (found, expected):
         each["rows"] = [row[:4] for row in each["rows"]]  # all but the seconds
     assert found == expected and not pipe.watchers
@@ -430,6 +454,16 @@ def test_explain_puts_a_second_run_beside_the_first(cli):
         "A and B differ in prompt, negative (“” | a tree), steps (1 | 2), sampler (dpm++2m | ddim), guidance (2 | 3)."
     )
     assert [len(run["rows"]) for run in found["runs"]] == [2, 3]
+
+
+def test_explain_leaves_out_an_eta_that_the_second_sampler_has_not(cli):
+    words = ("a tree", "--steps", 1, "--sampler", "ddim", "--eta", 1, "--out", "two.html", "--with-sampler")
+    assert cli(*words, "euler").err == "The second run is drawn without --eta: euler has none.\n"
+    found = data_of(open("two.html", encoding="utf-8").read())["differs"]
+    assert found == "A and B differ in sampler (ddim | euler), eta (1 | 0)."
+    assert cli(*words, "tcd").err == ""
+    found = data_of(open("two.html", encoding="utf-8").read())["differs"]
+    assert found == "A and B differ in sampler (ddim | tcd)."
 
 
 def test_explain_replaces_a_page_of_its_own_and_no_other_file(cli, monkeypatch):
@@ -453,6 +487,8 @@ def test_explain_replaces_a_page_of_its_own_and_no_other_file(cli, monkeypatch):
         (["--out", "no/run.html"], 1, "no/run.html"),
         (["--sampler", "dim"], 1, "Did you mean 'ddim'?"),
         (["--with-sampler", "dim"], 1, "Did you mean 'ddim'?"),
+        (["--sigmas", "9,3,0", "--with-steps", 3], 1, "--with-steps can't go with --sigmas, whose numbers make the"),
+        (["--timesteps", "900,9", "--with-steps", 3], 1, "--with-steps can't go with --timesteps, whose numbers make"),
         (["--with-steps", 0], 2, "--with-steps must be 1 or more, not 0."),
         (["--with-seed", "x"], 2, "--with-seed must be a whole number, not 'x'."),
         (["--with-seeds", "1"], 2, "unknown option --with-seeds. Did you mean '--with-seed'?"),

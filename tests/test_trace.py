@@ -1,5 +1,7 @@
 """A trace is the run itself, step by step, with its words where they stand and colours that resemble the pictures."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,8 @@ def test_a_run_without_steps_is_traced(models):
     found = models.ours("sd1").trace(PROMPT, image=x0, strength=0.0)
     assert len(found) == 0 and found.seconds == () and torch.equal(found.result.x0, x0)
     assert found.preview(x0)[0].size == (6, 4)
+    with pytest.raises(LDMError, match=r"^This run takes no step, so it has no attention maps: its strength is 0"):
+        found.maps("house")
 
 
 # ------------------------------------------------------------------------------------------------------- words
@@ -115,6 +119,30 @@ def test_a_word_that_is_not_there_or_there_twice_is_refused(trace):
         trace.maps("a", picture=1)
 
 
+@pytest.mark.parametrize("picture", [5, 2, -1, "1", 1.0, True])
+def test_a_picture_that_was_not_drawn_is_refused(trace, picture):
+    for ask in (lambda: trace.maps("house", picture), lambda: trace.show(picture=picture)):
+        with pytest.raises(LDMError, match=rf"^The run drew the pictures 0 to 1: it has no picture {picture!r}\.$"):
+            ask()
+
+
+def test_a_trace_is_told_its_memory_and_its_layers(models, capsys):
+    """And what is said where that is too little can be done."""
+    pipe, asked = models.ours("sd1"), {"prompt": PROMPT, "steps": 2, **SIZE}
+    whole, middle = pipe.trace(**asked), pipe.trace(**asked, layers="mid_block")
+    house = next(word for word in whole.words[0] if word.text == "house")
+    assert torch.equal(middle.maps("house")[1], whole.record.map(house.tokens, step=1, layer="mid_block"))
+    with pytest.raises(LDMError, match=r"watch fewer layers \(layers=.*or give more memory \(memory=\)"):
+        pipe.trace(**asked, memory=0.001)
+    capsys.readouterr()
+    little = pipe.trace(**asked, memory=0.3 * whole.record.maps.used / 2**20)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    with pytest.raises(LDMError, match=r"give pipe\.trace more \(memory=\) or fewer layers") as told:
+        little.maps("house")
+    mean = re.search(r"trace\.(record\.map\(.*\))\.$", str(told.value))[1]
+    assert_close(eval(f"little.{mean}"), whole.maps("house").mean(0), 1e-5, at_least=1e-3)
+
+
 # ----------------------------------------------------------------------------------------------------- previews
 
 
@@ -160,5 +188,5 @@ def test_pages_are_asked_of_the_page_writer(trace, monkeypatch):
     monkeypatch.setattr(page, "show", lambda *args: asked.append(("show", *args)))
     monkeypatch.setattr(page, "write", lambda *args: asked.append(("write", *args)))
     trace.show(picture=1)
-    trace.to_html("run.html", trace)
-    assert asked == [("show", trace, None, 1), ("write", trace, "run.html", trace, 0)]
+    trace.to_html("run.html", trace, other_picture=1)
+    assert asked == [("show", trace, None, 1, None), ("write", trace, "run.html", trace, 0, 1)]

@@ -6,6 +6,7 @@ weights; what belongs to which step, part and picture; the bound on memory; noth
 
 import copy
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -536,6 +537,12 @@ def test_maps_that_fit_in_no_way_are_refused_with_what_to_leave_out(pipe, capsys
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+def test_memory_may_be_without_bound(pipe):
+    with ldm.watch(pipe, memory=math.inf) as seen:
+        pipe(PROMPT, steps=1, **SIZE)
+    assert seen.maps.every_head and seen.maps.every_call and seen.map(4).shape == (4, 6)
+
+
 def test_averaging_heads_one_by_one_is_their_mean_and_half_precision_counts_in_float32():
     q, k = normal(1, 3, 5, 12, 4, dtype=F64), normal(2, 3, 5, 7, 4, dtype=F64)
     whole = explicit(q, k)
@@ -576,7 +583,23 @@ def test_what_cannot_be_asked_is_refused_with_a_sentence(pipe):
         (lambda: ldm.watch(pipe, layers="attn1").__enter__(), r"^No attention layer is named 'attn1', of the self-"),
         (lambda: ldm.watch(pipe, layers=["x"], self_attention=True).__enter__(), r"named 'x': this model has unet\."),
         (lambda: ldm.watch(pipe.unet).__enter__(), r"^watch takes a pipeline \(ldm\.load\), not a thing of type UNet"),
+        (
+            lambda: ldm.watch(pipe, layers=5).__enter__(),
+            r"^layers is a name or several.*, not 5: those .*Record\.layers",
+        ),
         (lambda: ldm.watch(pipe, memory=0).__enter__(), r"^memory must be a number of MiB above 0, not 0"),
+        (lambda: ldm.watch(pipe, memory=math.nan).__enter__(), r"^memory must be a number of MiB above 0, not nan"),
+        (lambda: ldm.watch(pipe, parts="cond").__enter__(), r"^parts are the names.*, \('cond',\), not 'cond'\."),
+        (lambda: ldm.watch(pipe, parts=5).__enter__(), r"^parts are the names of all that a batch holds.*, not 5\."),
+        (lambda: ldm.watch(pipe, parts=(1, 2)).__enter__(), r"^parts are the names.*, not \(1, 2\)\."),
+        (lambda: seen.map(4, size=5), r"^size is that of the map, \(h, w\), two whole numbers of 1 or more, not 5"),
+        (lambda: seen.map(4, size=(0, 5)), r"^size is that of the map.*, not \(0, 5\)"),
+        (lambda: seen.map(4, size=(4, 5, 6)), r"^size is that of the map.*, not \(4, 5, 6\)"),
+        (lambda: seen.map(4, size=(4, 5.5)), r"^size is that of the map.*, not \(4, 5\.5\)"),
+        (lambda: seen.map(4, layer=3), r"^layer is a name or several, or parts of names, such as 'mid_block', not 3:"),
+        (lambda: seen.attention([DOWN0, 3]), r"^layer is a name or several.*, 3\]: those of this model stand in"),
+        (lambda: seen.map(4, head="a"), r"^Head 'a' asked for, but unet\.down_blocks\.0.* has 2: 0 to 1"),
+        (lambda: seen.map(4, picture="1"), r"^Picture '1' asked for, but there are 1: counted from 0"),
     ]
     for ask, sentence in refused:
         with pytest.raises(LDMError, match=sentence):

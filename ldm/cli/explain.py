@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ldm.cli.generate import add_settings
 from ldm.cli.options import LEVELS, SEED, add_model_options, open_model, progress, real, said, whole
-from ldm.errors import LDMError
+from ldm.errors import LDMError, say_on_stderr
 from ldm.io.atomic import check_writable
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
     from ldm.run import Run
     from ldm.sampling import Step
+    from ldm.settings import Settings
 
 HELP = """Draw a picture and write the inside of its run as a page to step through: at every step the latent,
 the predicted picture, the attention to each word, and what guidance adds.
@@ -56,17 +57,36 @@ def run(args: argparse.Namespace) -> None:
     runs = [{"prompt": args.prompt, **said(args, SETTINGS)}]
     changes = {name: getattr(args, f"with_{name}") for name in BESIDE}
     changes = {name: value for name, value in changes.items() if value is not None}
+    settings = [checked(pipe, runs[0])]
     if changes:
-        runs.append(runs[0] | changes)
-
-    settings = [pipe.settings(**{k: v for k, v in each.items() if k != "clip_skip"}) for each in runs]
-    for each in settings:
-        pipe.schedule_of(each)  # refuses at once, before anything is drawn, what the model cannot do
+        runs.append(beside(runs[0], changes))
+        settings.append(checked(pipe, runs[1]))
     with progress(sum(each.steps for each in settings)) as bar, counted(pipe, bar):
         bar.clear()  # the first step may have something to say about the prompt
         traces = [pipe.trace(**each) for each in runs]
     traces[0].to_html(path, *traces[1:])
     print(path)
+
+
+def beside(first: dict, changes: dict) -> dict:
+    """What a second run is asked for. Raises LDMError where a change can't go with what the first one says."""
+    from ldm.samplers import find_sampler
+
+    second = first | changes
+    for name in ("timesteps", "sigmas"):
+        if "steps" in changes and isinstance(first.get(name), list):
+            raise LDMError(f"--with-steps can't go with --{name}, whose numbers make the steps: leave one of them out.")
+    if "sampler" in changes and second.get("eta") and find_sampler(second["sampler"]).eta is None:
+        del second["eta"]
+        say_on_stderr(f"The second run is drawn without --eta: {second['sampler']} has none.")
+    return second
+
+
+def checked(pipe: "Pipeline", asked: dict) -> "Settings":
+    """The settings of a run. Refuses at once, before anything is drawn, what the model cannot do."""
+    settings = pipe.settings(**{name: value for name, value in asked.items() if name != "clip_skip"})
+    pipe.schedule_of(settings)
+    return settings
 
 
 def prepare_page(path: Path, overwrite: bool) -> None:

@@ -208,6 +208,8 @@ def differs(got: object, right: object, exercise: Exercise | None = None) -> str
     if isinstance(right, Tensor | np.ndarray | Number | np.generic) and not isinstance(right, bool):
         return numbers_differ(got, right, atol, rtol)
     if isinstance(right, list | tuple):
+        if isinstance(got, Tensor | np.ndarray) and all(isinstance(each, Number) for each in right):
+            got = got.tolist()
         if not isinstance(got, list | tuple):
             return f"it gives a thing of type {type(got).__name__}, where {len(right)} things belong."
         if len(got) != len(right):
@@ -223,6 +225,8 @@ def differs(got: object, right: object, exercise: Exercise | None = None) -> str
 
 def numbers_differ(got: object, right: object, atol: float, rtol: float) -> str | None:
     """`differs` for tensors, arrays and numbers: type, shape, finiteness, then values."""
+    if isinstance(right, Tensor) and right.dim() == 0 and isinstance(got, Number | np.generic):
+        got = torch.as_tensor(got)  # a loss or a share: a plain number will do
     if isinstance(right, Tensor) and not isinstance(got, Tensor):
         return f"it gives a thing of type {type(got).__name__}, where a tensor belongs."
     try:

@@ -40,13 +40,13 @@ class Key(NamedTuple):
 
 
 class Maps:
-    """Maps (P, heads, h, w, L) on the CPU, together no larger than `memory` MiB.
+    """Maps (P, heads, h, w, L) on the CPU, together no larger than `memory` MiB, which may be infinite.
 
     What doesn't fit is averaged, and that is said on stderr: first over the heads, then over the calls of each run.
     """
 
     def __init__(self, memory: float):
-        self.memory, self.limit, self.used = memory, int(memory * 2**20), 0  # bytes
+        self.memory, self.limit, self.used = memory, memory * 2**20, 0  # bytes
         self.every_head, self.every_call = True, True
         self.kept: dict[Key, Tensor] = {}
         self.counts: dict[Key, int] = {}

@@ -10,7 +10,7 @@ blocked, two sheets of pictures stand there instead: what was predicted at each 
 
 import base64
 import hashlib
-import html as escaping
+import html
 import io
 import json
 from collections.abc import Sequence
@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ldm.errors import LDMError
 from ldm.io.atomic import atomic_file
 from ldm.lab.shown import MAGMA, SHADE, Shown, levels_of, place, read
+from ldm.lab.trace import Trace
 
 if TYPE_CHECKING:
-    from ldm.lab.trace import Trace
     from ldm.schedules import Level
     from ldm.settings import Settings
 
@@ -49,26 +50,42 @@ class Stepper:
         return {"text/html": self.html, "image/jpeg": picture, "text/plain": repr(self)}
 
 
-def show(trace: "Trace", other: "Trace | None" = None, picture: int = 0) -> Stepper:
+def show(trace: Trace, other: Trace | None = None, picture: int = 0, other_picture: int | None = None) -> Stepper:
     """The stepper for a notebook. A place that shows no HTML shows the pictures of the steps.
 
-    `other` is a second run beside it, `picture` which of a batch. Raises LDMError if a run has no such picture.
+    other            a second run beside it
+    picture          which of a batch
+    other_picture    which of the other run's, or of this one's if there is no other; left out, it is as `picture`, or
+                     the only one
+
+    Raises LDMError if a run has no such picture.
     """
-    traces = [trace] if other is None else [trace, other]
-    letters = [""] if other is None else ["A", "B"]
-    runs = [read(each, picture, letter) for each, letter in zip(traces, letters, strict=True)]
-    return Stepper(runs, compose(runs, traces, picture))
+    if other is None and other_picture is not None:
+        other = trace
+    if other is None:
+        runs = [read(trace, picture)]
+        return Stepper(runs, compose(runs, [trace], [picture]))
+    if not isinstance(other, Trace):
+        raise LDMError(
+            f"other is a second run, a Trace (pipe.trace), not a thing of type {type(other).__name__}: a picture of "
+            "a batch is chosen by its number, such as picture=1."
+        )
+    if other_picture is None:
+        other_picture = picture if len(other.settings.seeds) > 1 else 0
+    runs = [read(trace, picture, "A"), read(other, other_picture, "B")]
+    return Stepper(runs, compose(runs, [trace, other], [picture, other_picture]))
 
 
-def html(trace: "Trace", other: "Trace | None" = None, picture: int = 0) -> str:
-    """The stepper as a piece of HTML that needs nothing from elsewhere, and disturbs nothing around it."""
-    return show(trace, other, picture).html
-
-
-def write(trace: "Trace", path: str | Path, other: "Trace | None" = None, picture: int = 0) -> None:
+def write(
+    trace: Trace,
+    path: str | Path,
+    other: Trace | None = None,
+    picture: int = 0,
+    other_picture: int | None = None,
+) -> None:
     """Write the stepper as one page, whole or not at all. Raises LDMError as `show` does, or if that cannot be."""
-    stepper = show(trace, other, picture)
-    title = escaping.escape(trace.settings.prompt[picture] or "no prompt")
+    stepper = show(trace, other, picture, other_picture)
+    title = html.escape(trace.settings.prompt[picture] or "no prompt")
     page = Template(source("stepper.html")).substitute(mark=MARK, title=title, stepper=stepper.html)
     with atomic_file(path, "w") as file:
         file.write(page)
@@ -87,14 +104,16 @@ def source(name: str) -> str:
 # ------------------------------------------------------------------------------------------ the piece of HTML
 
 
-def compose(runs: Sequence[Shown], traces: Sequence["Trace"], picture: int) -> str:
-    """The pictures that stand where scripts are blocked, and the script that takes their place."""
+def compose(runs: Sequence[Shown], traces: Sequence[Trace], pictures: Sequence[int]) -> str:
+    """The pictures that stand where scripts are blocked, and the script that takes their place: a piece of HTML that
+    needs nothing from elsewhere, and disturbs nothing around it.
+    """
     levels = [levels_of(trace) for trace in traces]
     data = {"runs": [run.data for run in runs], "pairs": [[k] for k in range(len(levels[0]))]}
     data |= {"ramp": MAGMA, "shade": SHADE}
     if len(traces) == 2:
         data["pairs"], data["paired"] = pair(*levels)
-        data["differs"] = differences(*(trace.settings for trace in traces), picture)
+        data["differs"] = differences(*(trace.settings for trace in traces), *pictures)
     data["token"] = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]  # the same run makes the same page
     constants = [constant("DATA", data), constant("STYLE", tight(source("stepper.css")))]
     script = "\n".join([*constants, tight(source("parts.js")), tight(source("stepper.js"))])
@@ -119,7 +138,7 @@ def tight(text: str) -> str:
 
 def fallback(run: Shown, k: int) -> str:
     """A run as pictures alone. No styles, for where scripts are blocked, those are as well."""
-    about = escaping.escape(run.about)
+    about = html.escape(run.about)
     n = len(run.data["rows"]) - 1
     lines = [
         f"<p><b>{about}</b></p>",
@@ -127,7 +146,7 @@ def fallback(run: Shown, k: int) -> str:
         "<p>What is predicted at each step, from noise to picture; last the picture itself.</p>",
     ]
     if run.words is not None:
-        said = escaping.escape(", ".join(word["text"] for word in run.data["words"]))
+        said = html.escape(", ".join(word["text"] for word in run.data["words"]))
         lines += [figure(run.words, f"Attention maps over the picture, for the words {said}")]
         lines += ["<p>Attention to each word, the mean over all steps, laid over the picture.</p>"]
     return "\n".join(lines)
@@ -161,9 +180,9 @@ def nearest_row(level: "Level", levels: Sequence["Level"]) -> int:
     return min(range(len(levels) - 1), key=lambda k: abs(place(levels[k]) - place(level)), default=0)
 
 
-def differences(a: "Settings", b: "Settings", picture: int) -> str:
-    """In which settings two runs differ: a sentence."""
-    mine, theirs = (settings_of(each, picture) for each in (a, b))
+def differences(a: "Settings", b: "Settings", picture: int, other_picture: int) -> str:
+    """In which settings a picture of one run and a picture of another differ: a sentence."""
+    mine, theirs = settings_of(a, picture), settings_of(b, other_picture)
     found = [
         name if name == "prompt" else f"{name} ({tell(mine[name])} | {tell(theirs[name])})"
         for name in mine

@@ -222,7 +222,11 @@ function panels(run, two, limit) {
 
 /** A word's maps at all steps, and their mean, each a button that goes there. */
 function strip(run, word, go) {
-  if (!word) return { node: element("p", { class: "soft strip" }, "The other sentence has no such word."), show() {} };
+  if (!word) {
+    const bare = !run.words.length && run.notes.length; // a note says why there are no maps of any word
+    const text = bare ? "This run has no attention maps." : "The other sentence has no such word.";
+    return { node: element("p", { class: "soft strip" }, text), show() {} };
+  }
   const buttons = Array.from({ length: run.n + 1 }, (_, k) => {
     const map = canvas(run.maps[1], run.maps[0], "strip"), values = run.map(word, k), over = k === run.n;
     paint(map, MAPS, (at) => values[at]);

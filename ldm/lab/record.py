@@ -1,7 +1,7 @@
 """What `ldm.watch` has seen of a run, and how it is asked: calls of the UNet, what went through it, attention maps."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.errors import LDMError
 from ldm.lab.maps import Maps
+from ldm.schedules.table import is_whole
 
 
 class Stats(NamedTuple):
@@ -120,7 +121,7 @@ class Record:
         calls, part = self._choose(step, part, picture, run)
         layers = self._matching(layer)
         tokens = check_tokens(tokens)
-        size = calls[0].size if size is None else tuple(size)
+        size = calls[0].size if size is None else check_size(size)
         total = 0
         for name in layers:
             found = self._mean(name, calls, part, picture, head, tokens)  # (heads, h, w, tokens)
@@ -156,8 +157,8 @@ class Record:
             return found
         if not self.maps.every_head:
             raise LDMError("The maps were averaged over heads for want of memory: watch fewer layers, or give memory=.")
-        if not 0 <= head < len(found):
-            raise LDMError(f"Head {head} asked for, but {layer} has {len(found)}: 0 to {len(found) - 1}.")
+        if not is_whole(head) or not 0 <= head < len(found):
+            raise LDMError(f"Head {head!r} asked for, but {layer} has {len(found)}: 0 to {len(found) - 1}.")
         return found[head : head + 1]
 
     def _choose(self, step: int | None, part: str | None, picture: int, run: int | None) -> tuple[list[Call], str]:
@@ -178,7 +179,7 @@ class Record:
         if part not in parts:
             raise LDMError(
                 f"No maps of the part {part!r} are kept, those of {', '.join(parts) or 'none'} are: name one of them "
-                "(part=), or watch every part (every_part=True)."
+                "(part=), or see every part by ldm.watch(every_part=True)."
             )
         calls = [call for call in calls if part in call.parts]
         if step is not None:
@@ -191,14 +192,14 @@ class Record:
             calls = [call for call in calls if call.step == step]
             if not calls:
                 raise LDMError(f"Step {step} asked for, but {steps[0]} to {steps[-1]} were watched.")
-        if not 0 <= picture < calls[0].pictures:
-            raise LDMError(f"Picture {picture} asked for, but there are {calls[0].pictures}: counted from 0.")
+        if not is_whole(picture) or not 0 <= picture < calls[0].pictures:
+            raise LDMError(f"Picture {picture!r} asked for, but there are {calls[0].pictures}: counted from 0.")
         return calls, part
 
     def _matching(self, layer: str | Sequence[str] | None) -> list[str]:
         """The names, of the layers whose maps are kept, that are asked for: those to the text, if there are any."""
         kept = self.maps.layers()
-        wanted = [layer] if isinstance(layer, str) else layer
+        wanted = None if layer is None else check_names("layer", layer)
         names = [name for name in kept if wanted is None or any(within(name, each) for each in wanted)]
         if not names:
             raise LDMError(f"No maps of a layer {layer!r} are kept, but of {', '.join(kept) or 'none'}.")
@@ -215,5 +216,24 @@ def check_tokens(tokens: int | Sequence[int]) -> list[int]:
         raise LDMError(
             f"Tokens are positions among those the network reads, 0 or more, one or a list, not {tokens!r}; "
             "`ldm.lab.trace.words_of` tells where a prompt's words stand."
+        )
+    return found
+
+
+def check_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) as a tuple. Raises LDMError for anything else."""
+    found = tuple(size) if isinstance(size, Iterable) else ()
+    if len(found) != 2 or not all(is_whole(side) and side > 0 for side in found):
+        raise LDMError(f"size is that of the map, (h, w), two whole numbers of 1 or more, not {size!r}.")
+    return found
+
+
+def check_names(option: str, given: str | Sequence[str]) -> list[str]:
+    """Names of layers, or parts of such, as a list. Raises LDMError for anything else."""
+    found = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [None]
+    if not all(isinstance(each, str) for each in found):
+        raise LDMError(
+            f"{option} is a name or several, or parts of names, such as 'mid_block', not {given!r}: those of this "
+            "model stand in Record.layers."
         )
     return found

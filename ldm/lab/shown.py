@@ -47,10 +47,7 @@ class Shown(NamedTuple):
 
 def read(trace: "Trace", picture: int, letter: str = "") -> Shown:
     """All that is shown of one picture of a run. Raises LDMError if there is no such picture."""
-    count = len(trace.settings.seeds)
-    if not 0 <= picture < count:
-        there = "one picture, number 0" if count == 1 else f"the pictures 0 to {count - 1}"
-        raise LDMError(f"The run drew {there}: it has no picture {picture}.")
+    trace.check_picture(picture)
     of = slice(picture, picture + 1)
     x = torch.cat([*(step.x_before[of] for step in trace.steps), trace.result.x0[of]]).float().cpu()  # (N, C, h, w)
     x0 = torch.cat([*(step.x0[of] for step in trace.steps), trace.result.x0[of]])

@@ -22,6 +22,7 @@ from ldm.lab.watch import watch
 from ldm.run import Result
 from ldm.sampling import Step
 from ldm.schedules import Schedule
+from ldm.schedules.table import is_whole
 from ldm.settings import Settings
 from ldm.text.tokenizer import END, Tokenizer
 
@@ -97,8 +98,17 @@ class Trace:
         """Where a word was looked at in each step, (steps, h, w): `Record.map` of all its tokens.
 
         `word` is one of `words`, its text, or positions of tokens.
+        Raises LDMError where no maps of single steps were kept.
         """
+        self.check_picture(picture)
         tokens = self._tokens(word, picture)
+        if not self.steps:
+            raise LDMError("This run takes no step, so it has no attention maps: its strength is 0, take more.")
+        if not self.record.maps.every_call:
+            raise LDMError(
+                "The maps were averaged over steps for want of memory: give pipe.trace more (memory=) or fewer layers "
+                f"(layers=), or take the mean over all steps, trace.record.map({tokens!r}, picture={picture})."
+            )
         return torch.stack([self.record.map(tokens, step=step.i, picture=picture) for step in self.steps])
 
     def _tokens(self, word: Word | str | int | Sequence[int], picture: int) -> int | Sequence[int]:
@@ -116,17 +126,29 @@ class Trace:
             )
         return found[0].tokens
 
-    def show(self, other: "Trace | None" = None, picture: int = 0) -> "Stepper":
-        """The stepper in a notebook, beside that of another trace if one is given."""
+    def check_picture(self, picture: int) -> None:
+        """Raise LDMError if the run drew no picture of that number."""
+        count = len(self.settings.seeds)
+        if not is_whole(picture) or not 0 <= picture < count:
+            there = "one picture, number 0" if count == 1 else f"the pictures 0 to {count - 1}"
+            raise LDMError(f"The run drew {there}: it has no picture {picture!r}.")
+
+    def show(self, other: "Trace | None" = None, picture: int = 0, other_picture: int | None = None) -> "Stepper":
+        """The stepper in a notebook, beside that of another trace if one is given (`ldm.lab.page.show`).
+
+        `show(picture=0, other_picture=1)` puts two pictures of one batch side by side.
+        """
         from ldm.lab import page
 
-        return page.show(self, other, picture)
+        return page.show(self, other, picture, other_picture)
 
-    def to_html(self, path: str | Path, other: "Trace | None" = None, picture: int = 0) -> None:
+    def to_html(
+        self, path: str | Path, other: "Trace | None" = None, picture: int = 0, other_picture: int | None = None
+    ) -> None:
         """The same as one page that needs no network."""
         from ldm.lab import page
 
-        return page.write(self, path, other, picture)
+        return page.write(self, path, other, picture, other_picture)
 
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:
@@ -150,10 +172,20 @@ def fit_linear(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.linalg.lstsq(latents, torch.cat(colours), driver="gelsd").solution  # few positions may not suffice
 
 
-def trace(pipe: "Pipeline", prompt: str | Sequence[str], **options) -> Trace:
-    """Run under `watch`, keep every step, decode the result. The options are those of `Pipeline.prepare`."""
+def trace(
+    pipe: "Pipeline",
+    prompt: str | Sequence[str],
+    *,
+    memory: float = 512,
+    layers: str | Sequence[str] | None = None,
+    **options,
+) -> Trace:
+    """Run under `watch`, keep every step, decode the result.
+
+    `memory` and `layers` bound the attention maps, as in `watch`; the other options are those of `Pipeline.prepare`.
+    """
     steps, seconds = [], []
-    with watch(pipe) as record:
+    with watch(pipe, memory=memory, layers=layers) as record:
         run = pipe.prepare(prompt, **options)
         begun = time.perf_counter()
         for step in run.steps():

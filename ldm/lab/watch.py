@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ldm.diffusion import Prediction
 from ldm.errors import LDMError
 from ldm.lab.maps import Key, Maps
-from ldm.lab.record import Call, Layer, Record, stats, within
+from ldm.lab.record import Call, Layer, Record, check_names, stats, within
 from ldm.models.blocks import Attention, Context, SpatialTransformer
 from ldm.models.unet import UNet
 from ldm.noise import Noise
@@ -51,6 +51,7 @@ def watch(
     parts            what a batch holds in a loop or a network of your own, such as ("uncond", "cond"), which nobody
                      else can know; left out, a loop's whole batch is "part 1"
     memory           MiB of maps that are kept on the CPU; what is more is averaged over heads, then over steps
+                     (math.inf: nothing is)
 
     Raises LDMError for what cannot be, and inside the block where even averaged maps don't fit.
     """
@@ -58,6 +59,11 @@ def watch(
         raise LDMError(f"watch takes a pipeline (ldm.load), not a thing of type {type(pipe).__name__}.")
     if not isinstance(memory, Real) or not memory > 0:
         raise LDMError(f"memory must be a number of MiB above 0, not {memory!r}.")
+    if isinstance(parts, str) or not isinstance(parts, Sequence) or not all(isinstance(each, str) for each in parts):
+        raise LDMError(
+            f"parts are the names of all that a batch holds, in order, such as ('uncond', 'cond') or, of a single one, "
+            f"('cond',), not {parts!r}."
+        )
     watcher = Watcher(pipe, layers, self_attention, every_part, tuple(parts), memory)
     pipe.watchers.append(watcher)
     try:
@@ -263,10 +269,10 @@ def choose_layers(known: Sequence[Layer], asked: str | Sequence[str] | None, sel
     if asked is None:
         return set(able)
     chosen = set()
-    for each in [asked] if isinstance(asked, str) else asked:
+    for each in check_names("layers", asked):
         found = [name for name in able if within(name, each)]
         if not found:
-            hint = "" if self_attention else ", of the self-attention none without self_attention=True"
+            hint = "" if self_attention else ", of the self-attention none without ldm.watch(self_attention=True)"
             raise LDMError(f"No attention layer is named {each!r}{hint}: this model has {', '.join(able)}.")
         chosen.update(found)
     return chosen

@@ -3,9 +3,9 @@
 #
 # **How much noise is t = 400, and what is the best that anyone could do against it?**
 #
-# About 25 minutes to read, half a minute to run. Before it: [00](00_one_picture.ipynb), [02](02_latents.ipynb). You will have
-# built three schedules of noise and the best denoiser that a set of pictures allows, seen why it is useless, and found what
-# Stable Diffusion's last step doesn't destroy.
+# About 25 minutes to read, half a minute to run. Before it: [00](00_one_picture.ipynb), [02](02_latents.ipynb). You
+# will have built three schedules of noise and the best denoiser that a set of pictures allows, seen why it is useless,
+# and found what Stable Diffusion's last step doesn't destroy.
 
 # %%
 import math
@@ -51,7 +51,7 @@ def ladder(pipe, picture, ts=(0, 200, 400, 600, 800, 999)):
         rows,
         [f"t = {level.t:.0f}" for level in levels],
         ["noised", "one guess"],
-        heading="Where we see nothing but noise, the network still sees a scene",
+        heading="Where we see only noise, the network still sees a scene",
         inches=0.9,
     )
 
@@ -61,16 +61,16 @@ picture = Image.fromarray(scenes.render(unseen[3]).image)
 ladder(pipe, picture)
 
 # %% [markdown]
-# The upper row is all that the network is given: a scene's latent with noise, here decoded. (Noise in a latent doesn't look
-# like snow on a screen; each of its numbers paints a patch.) The lower row is the network's answer, in one step and without a
-# word of the caption. How much of the picture is there at $t = 400$? And could anyone answer better?
+# The upper row is all that the network is given: a scene's latent with noise, here decoded. (Noise in a latent doesn't
+# look like snow on a screen; each of its numbers paints a patch.) The lower row is the network's answer, in one step
+# and without a word of the caption. How much of the picture is there at $t = 400$? And could anyone answer better?
 #
 # ## Predict
 #
-# Commit yourself before you go on. A picture is noised to $t = 400$ of 1000. (a) Which share of what you see above is still
-# the picture's own? (b) Three contestants guess the clean picture, which none of them has seen before: the best Gaussian blur,
-# our network, and an *ideal* denoiser that knows 512 other pictures by heart. In which order do they end? (c) What does the
-# ideal denoiser draw if it begins from pure noise? (Nothing checks this cell; it is for you.)
+# Commit yourself before you go on. A picture is noised to $t = 400$ of 1000. (a) Which share of what you see above is
+# still the picture's own? (b) Three contestants guess the clean picture, which none of them has seen before: the best
+# Gaussian blur, our network, and an *ideal* denoiser that knows 512 other pictures by heart. In which order do they
+# end? (c) What does the ideal denoiser draw if it begins from pure noise? (Nothing checks this cell; it is for you.)
 
 # %%
 my_guess = {"(a) the picture's share, %": None, "(b) best to worst": None, "(c) it draws": None}
@@ -79,7 +79,8 @@ my_guess = {"(a) the picture's share, %": None, "(b) best to worst": None, "(c) 
 # ## Derive
 #
 # Training adds noise in 1000 small steps that keep the variance, $x_t = \sqrt{1-\beta_t}\,x_{t-1} +
-# \sqrt{\beta_t}\,\epsilon_t$. Gaussians add up to a Gaussian, so all steps up to $t$ are one (Ho et al. 2020, equation 4):
+# \sqrt{\beta_t}\,\epsilon_t$. Gaussians add up to a Gaussian, so all steps up to $t$ are one (Ho et al. 2020, equation
+# 4):
 #
 # $$x_t = \alpha_t\,x_0 + \sigma_t\,\epsilon, \qquad \alpha_t^2 = \bar\alpha_t = \prod_{s \le t} (1-\beta_s), \qquad
 # \sigma_t^2 = 1 - \bar\alpha_t. \tag{1}$$
@@ -92,14 +93,15 @@ my_guess = {"(a) the picture's share, %": None, "(b) best to worst": None, "(c) 
 #
 # $$v = \alpha\,\epsilon - \sigma\,x_0 \quad\Rightarrow\quad x_0 = \alpha\,x - \sigma\,v, \quad \epsilon = \sigma\,x + \alpha\,v. \tag{3}$$
 #
-# Now the best denoiser. The guess with the least squared error is the mean of all that $x$ may have been, $E[x_0 \mid x]$. Say
-# the world is a set of $N$ pictures $x^1 \dots x^N$, each equally likely. By (1), $x$ given picture $i$ is Gaussian around
-# $\alpha x^i$, and Bayes' rule weighs the pictures (Karras et al. 2022, appendix B.3):
+# Now the best denoiser. The guess with the least squared error is the mean of all that $x$ may have been, $E[x_0 \mid
+# x]$. Say the world is a set of $N$ pictures $x^1 \dots x^N$, each equally likely. By (1), $x$ given picture $i$ is
+# Gaussian around $\alpha x^i$, and Bayes' rule weighs the pictures (Karras et al. 2022, appendix B.3):
 #
 # $$D(x) = \sum_i w_i\,x^i, \qquad w = \mathrm{softmax}_i\!\left(-\frac{\lVert x - \alpha x^i \rVert^2}{2\sigma^2}\right). \tag{4}$$
 #
-# Training on these pictures minimises, level by level, the very error that (4) minimises (to ask for $\epsilon$ instead of
-# $x_0$ only weighs the levels). No network can beat (4) on them, and an infinitely patient and flexible one would become it.
+# Training on these pictures minimises, level by level, the very error that (4) minimises (to ask for $\epsilon$ instead
+# of $x_0$ only weighs the levels). No network can beat (4) on them, and an infinitely patient and flexible one would
+# become it.
 #
 # ## Build
 #
@@ -206,13 +208,14 @@ for name, bar in bars.items():
     print(f"{name:14}" + "".join(f"{bar[k].sqrt():8.5f}" for k in rungs), f"  t = {half}")
 sd = bars["scaled linear"]
 assert 0.42 < sd[400] < 0.43 and int((sd < 0.5).nonzero()[0]) == 354
+assert round((1 - sd[400]).sqrt().item(), 2) == 0.76 and round(sd[400].sqrt().item(), 2) == 0.65
 assert 0.0682 < sd[999].sqrt() < 0.0683
 assert bars["linear"][999].sqrt() < 0.007 and bars["cosine"][999].sqrt() < 0.0001
 
 # %% [markdown]
-# The rows are $\alpha_t = \sqrt{\bar\alpha_t}$, the factor before the picture in (1). In Stable Diffusion's schedule, which is
-# also our model's, $t = 400$ means $0.65\,x_0 + 0.76\,\epsilon$: 42 % of the variance is the picture's, and noise has the upper
-# hand from $t = 354$. The last number of the first row, 0.0683, will occupy us below: it isn't 0.
+# The rows are $\alpha_t = \sqrt{\bar\alpha_t}$, the factor before the picture in (1). In Stable Diffusion's schedule,
+# which is also our model's, $t = 400$ means $0.65\,x_0 + 0.76\,\epsilon$: 42 % of the variance is the picture's, and
+# noise has the upper hand from $t = 354$. The last number of the first row, 0.0683, will occupy us below: it isn't 0.
 #
 # All this presumes latents of variance 1; that is what notebook 02's scaling factor is for.
 
@@ -230,9 +233,9 @@ print(f"spread of the 512 latents {data.std():.3f}, of noisy ones at t = 400 {x.
 # %% [markdown]
 # ### Three denoisers
 #
-# The ideal denoiser knows 512 scenes. The network was trained on 12,000, among them these. The blur knows nothing; of ten
-# widths it may take the one that, in hindsight, was best. First the scene above, under the same noise, which none of the
-# three has seen.
+# The ideal denoiser knows 512 scenes. The network was trained on 12,000, among them these. The blur knows nothing; of
+# ten widths it may take the one that, in hindsight, was best. First the scene above, under the same noise, which none
+# of the three has seen.
 
 
 # %%
@@ -265,13 +268,15 @@ def compete(x0, who, heading, ts=rungs):
 compete(new[3:4], list(contestants), "A new scene: the ideal denoiser sees others")
 
 # %% [markdown]
-# Even at $t = 0$, where the picture lies open, the ideal denoiser answers with the tree that it knows. Now a scene of the 512:
+# Even at $t = 0$, where the picture lies open, the ideal denoiser answers with the tree that it knows. Now a scene of
+# the 512:
 
 # %%
 compete(data[4:5], ["ideal", "network"], "A scene of the set: it has it by heart, the network not")
 
 # %% [markdown]
-# How general is this? The mean squared error of each number of the latent (whose variance is 1), for 24 scenes of either kind.
+# How general is this? The mean squared error of each number of the latent (whose variance is 1), for 24 scenes of
+# either kind.
 
 # %%
 ts = (20, 100, 200, 400, 600, 800, 900, 999)
@@ -329,14 +334,14 @@ helped = e["network, told the words", "new"]
 assert all(helped[t] < 0.75 * e["network", "new"][t] for t in (800, 999)), "words help"
 
 # %% [markdown]
-# Read the left half first. On scenes that it knows the ideal denoiser makes no error at all (below 0.001) up to $t = 600$,
-# where five sixths of the variance are noise, and nobody can be below its curve on average. On the right it fails
+# Read the left half first. On scenes that it knows the ideal denoiser makes no error at all (below 0.001) up to $t =
+# 600$, where five sixths of the variance are noise, and nobody can be below its curve on average. On the right it fails
 # completely: with hardly any noise it answers with *another picture* (it cannot do otherwise: (4) can say nothing that
 # isn't a mean of its pictures), and a blur does better.
 #
-# The network has nearly the same error in both halves. It isn't the minimum of its own training loss: on scenes that it was
-# trained on it stands far above the ideal curve. And just for this it is worth something on the right. Where noise is strong
-# nobody can tell scenes apart, and the two meet; there words are the best help (dashed).
+# The network has nearly the same error in both halves. It isn't the minimum of its own training loss: on scenes that it
+# was trained on it stands far above the ideal curve. And just for this it is worth something on the right. Where noise
+# is strong nobody can tell scenes apart, and the two meet; there words are the best help (dashed).
 #
 # How soon does the ideal denoiser know which scene it has before it? All 512, noised:
 
@@ -350,8 +355,8 @@ for t in (500, 600, 700, 800, 900, 999):
     assert right > {500: 0.99, 600: 0.99, 700: 0.97, 800: 0.8, 900: 0.3, 999: 0.05}[t], t
 
 # %% [markdown]
-# What looks like pure noise to us identifies one picture among 512. 1024 numbers, each barely touched, together say a great
-# deal; guessing blindly would be right in 0.2 %. Even the last training step, $t = 999$, still betrays something.
+# What looks like pure noise to us identifies one picture among 512. 1024 numbers, each barely touched, together say a
+# great deal; guessing blindly would be right in 0.2 %. Even the last training step, $t = 999$, still betrays something.
 #
 # ### Let them draw
 #
@@ -394,12 +399,12 @@ told = "The ideal one recites, the network invents"
 figures.pictures([pipe.decode(x[:5]) for x in rows], (), side, told, inches=0.9)
 
 # %% [markdown]
-# The upper two rows are equal: **a perfectly trained, perfectly flexible diffusion model is a photocopier.** Nothing in the
-# loss asks for anything new. The network's pictures are as far from the 512 as scenes that were never in the set.
+# The upper two rows are equal: **a perfectly trained, perfectly flexible diffusion model is a photocopier.** Nothing in
+# the loss asks for anything new. The network's pictures are as far from the 512 as scenes that were never in the set.
 #
-# But the network saw 12,000 pictures, not 512. So let it draw what none of the 12,000 held: eight combinations of thing,
-# colour, time, ground and style that were kept from it. A copy would be wrong; the checker, a network trained on true scenes,
-# reads what came out.
+# But the network saw 12,000 pictures, not 512. So let it draw what none of the 12,000 held: eight combinations of
+# thing, colour, time, ground and style that were kept from it. A copy would be wrong; the checker, a network trained on
+# true scenes, reads what came out.
 
 # %%
 checker = load_checker(find_model("scenes"))
@@ -427,19 +432,19 @@ for n in sizes:  # all parts of that size, averaged
 last = misses[512] / misses[256]
 print(f"The last doubling took off {100 * (1 - last):.0f} %.")
 print(f"network:     {e['network', 'new'][400]:.3f}")
-shares = [misses[2 * n] / misses[n] for n in sizes[:-1]]
-at_best = misses[512] * min(shares) ** math.log2(12_000 / 512)
+kept = [misses[2 * n] / misses[n] for n in sizes[:-1]]
+at_best = misses[512] * min(kept) ** math.log2(12_000 / 512)
 print(f"12,000 scenes, if every doubling did as much as the best of these: {at_best:.2f}")
-assert all(0.85 < share < 0.99 for share in shares)
+assert all(0.85 < each < 0.99 for each in kept)
 assert at_best > 3 * e["network", "new"][400]
 
 # %% [markdown]
-# Each doubling takes off a tenth or so. Even if that went on up to the 12,000 scenes that the network was trained on, the best
-# memory of all it saw would remain several times worse than the network.
+# Each doubling takes off a tenth or so. Even if that went on up to the 12,000 scenes that the network was trained on,
+# the best memory of all it saw would remain several times worse than the network.
 #
-# So the network must *share*: use what it learnt from one place of one picture in another picture. One explanation is that
-# convolutions look at neighbourhoods (Kamb & Ganguli 2025). It can be tried without any network: let (4) judge a window around
-# each position instead of the whole latent, and each position choose its own scenes.
+# So the network must *share*: use what it learnt from one place of one picture in another picture. One explanation is
+# that convolutions look at neighbourhoods (Kamb & Ganguli 2025). It can be tried without any network: let (4) judge a
+# window around each position instead of the whole latent, and each position choose its own scenes.
 
 
 # %%
@@ -488,24 +493,27 @@ gap, usual = nearest(sewn)[1].mean(), nearest(new)[1].mean()
 print(f"mean distance to the nearest of the 512: quilts {gap:.1f}, new scenes {usual:.1f}")
 assert nearest(sewn)[1].min() > 10 and gap > usual + 2, "new, but like no scene at all"
 told = "Windows invent, but without sense"
+weights = sum(p.numel() for p in pipe.unet.parameters())
+print(f"{weights:,} parameters, {12_000 * new[0].numel():,} numbers in the training latents")
 figures.pictures([pipe.decode(sewn[:5])], (), ["windows"], told, inches=0.9)
 
 # %% [markdown]
 # From the same 512 scenes, with the same formula, something new: none of these pictures exists in the set, and on new
-# scenes its error at $t = 400$ is about half that of the whole memory. But no position knows what the others chose, so the
-# sky is patched together from all times of day. The network does both halves: it shares what is local, and holds the whole
-# together, as its attention and its coarse layers let it (notebooks 04 and 05). That it is small and was trained briefly
-# keeps it from reciting, too: it has 5.5 million parameters for the 12 million numbers of its training latents (12,000 of
-# 1,024), and saw each picture under other noise every time.
+# scenes its error at $t = 400$ is about half that of the whole memory. But no position knows what the others chose, so
+# the sky is patched together from all times of day. The network does both halves: it shares what is local, and holds
+# the whole together, as its attention and its coarse layers let it (notebooks 04 and 05). That it is small and was
+# trained briefly may help to keep it from reciting, too: it has 5.5 million parameters for the 12 million numbers of
+# its training latents (12,000 of 1,024), and saw each picture under other noise every time.
 #
-# This is no law. With few pictures, or one picture hundreds of times in the set, real networks do recite: Carlini et al. 2023
-# drew over a hundred training images out of Stable Diffusion, nearly all of them duplicated in its data.
+# This is no law. With few pictures, or one picture hundreds of times in the set, real networks do recite: Carlini et
+# al. 2023 drew about a hundred training images out of Stable Diffusion, searching among those most often duplicated in
+# its data.
 #
 # ### The last step doesn't end in noise
 #
-# Back to the number above. At the last step $\alpha_{999} = 0.068$, not 0. (The linear schedule ends at 0.006, the cosine at
-# 0.00005.) Too little to see; but sums over many positions see it. A test: noise 64 new scenes to $t = 999$, average each
-# channel of the latent, so that four numbers remain, and guess the time of day from them.
+# Back to the number above. At the last step $\alpha_{999} = 0.068$, not 0. (The linear schedule ends at 0.006, the
+# cosine at 0.00005.) Too little to see; but sums over many positions see it. A test: noise 64 new scenes to $t = 999$,
+# average each channel of the latent, so that four numbers remain, and guess the time of day from them.
 
 # %%
 kinds = torch.tensor([scenes.TIMES.index(scene.time) for scene in known])
@@ -521,9 +529,10 @@ print(f"time of day told from four means at t = 999: {100 * share:.0f} % right; 
 assert 0.45 < share < 0.7
 
 # %% [markdown]
-# The network was trained with that hint and relies on it: the first latent's mean *is* the brightness. But a picture is drawn
-# from pure noise, whose mean is nearly 0, so its times of day should come out mixed. Let us give the noise what training
-# would have left in it, 0.068 of the mean latent of all nights, or of all days.
+# The network was trained with that hint and relies on it: it takes the mean of the first latent for the brightness of
+# the picture. A picture is drawn from pure noise, whose mean is nearly 0, so it ought to come out neither dark nor
+# bright. Let us look, and then give the noise what training would have left in it, 0.068 of the mean latent of all
+# nights, or of all days.
 
 # %%
 pure = ldm.Noise.from_seeds(range(16)).draw((4, 16, 16))
@@ -540,15 +549,16 @@ for name, x in starts.items():
     greys[name] = image_tensor(images).mean().item() * 127.5 + 127.5
     rows.append(images[:5])
     print(f"{name:15} {nights[name]:2} of 16 are night, mean grey {greys[name]:.0f}")
+assert nights["noise alone"] <= 3, "fewer than the quarter that are night in our world"
 assert nights["0.068 of night"] >= nights["noise alone"] + 5
 assert greys["0.068 of night"] + 20 < greys["noise alone"] < greys["0.068 of day"] - 10
 told = f"7 % of a mean: {nights['0.068 of night']} of 16 are night"
 figures.pictures(rows, (), list(starts), told, inches=0.9)
 
 # %% [markdown]
-# So a mean of 0 is no neutral start: it says *medium brightness*. Lin et al. 2023 found that this keeps Stable Diffusion from
-# very dark and very bright pictures. Its latents are 64×64 instead of our 16×16, so a mean over them holds a quarter of
-# our noise, and the hint is four times as clear.
+# So a mean of 0 is no neutral start: it says *medium brightness*. Lin et al. 2023 found that this keeps Stable
+# Diffusion from very dark and very bright pictures. Its latents are 64×64 instead of our 16×16, so a mean over them
+# holds a quarter of our noise, and the hint is four times as clear.
 #
 # They mend the table (section 3.1, algorithm 1): shift $\sqrt{\bar\alpha}$ so that it ends at 0, and stretch it so
 # that its beginning stays. (Their section 3.3 adds that a run must then begin at the last step; many begin lower,
@@ -568,9 +578,9 @@ for t in (0, 200, 400, 600, 800, 999):
 assert mended[-1] == 0 and abs(mended[0] - root[0]) < 1e-12 and pipe.schedule(10)[0].t == 901
 
 # %% [markdown]
-# At its end $\epsilon$ is useless as an answer: $x$ *is* $\epsilon$, and $x_0 = (x - \sigma\epsilon)/\alpha$ would be 0/0.
-# But (3) gives $v = -x_0$ there, a question about the picture. So a model for this table predicts $v$, and ldm refuses one
-# that doesn't:
+# At its end $\epsilon$ is useless as an answer: $x$ *is* $\epsilon$, and $x_0 = (x - \sigma\epsilon)/\alpha$ would be
+# 0/0. But (3) gives $v = -x_0$ there, a question about the picture. So a model for this table predicts $v$, and ldm
+# refuses one that doesn't:
 
 # %%
 zero = replace(pipe.scheduler, rescale_betas_zero_snr=True, timestep_spacing="trailing")
@@ -583,10 +593,11 @@ print(make_schedule(replace(zero, prediction_type="v_prediction"), 4).table())
 # %% [markdown]
 # ## Break it
 #
-# Four ways to get (1) wrong that are easily found. None raises an error, and a network trains on any of them. **No square
-# roots**: the amplitudes of $x$ are variances, and it shrinks halfway. **$\beta$ for $\bar\alpha$**: noise from the first
-# step. **$1-\beta$ for $\bar\alpha$**, the product forgotten: hardly any noise until the end. **Swapped.** Two numbers tell
-# them apart: the spread of $x$, which should stay at 1, and its correlation with $x_0$, which should fall from 1 to $\alpha_T$.
+# Four ways to get (1) wrong, each easily made. None raises an error, and a network trains on any of them. **No square
+# roots**: the amplitudes of $x$ are variances, and it shrinks halfway. **$\beta$ for $\bar\alpha$**: noise from the
+# first step. **$1-\beta$ for $\bar\alpha$**, the product forgotten: hardly any noise until the end. **Swapped.** Two
+# numbers tell them apart: the spread of $x$, which should stay at 1, and its correlation with $x_0$, which should fall
+# from 1 to $\alpha_T$.
 
 # %%
 beta = betas(pipe.scheduler)
@@ -617,19 +628,21 @@ assert all(0.95 < each < 1.05 for each in spread["right"].values())
 assert spread["no square roots"][300] < 0.8, "it shrinks halfway"
 assert like["beta for alpha-bar"][0] < 0.1 and like["1 - beta for alpha-bar"][999] > 0.95
 assert like["swapped"][0] < 0.1 and like["swapped"][999] > 0.95 and like["right"][999] < 0.15
+assert like["no square roots"][600] < 0.7 * like["right"][600]
 turned = [list(row) for row in zip(*strips)]
 labels = ["right", "no roots", "beta", "1 - beta", "swapped"]
 at = ["t = 0", "t = 300", "t = 999"]
 figures.pictures(turned, labels, at, "One line, four faults", inches=0.76)
 
 # %% [markdown]
-# "No square roots" is the treacherous one: to the eye it is nearly the right ladder, and only the spread gives it away.
+# "No square roots" is the treacherous one: to the eye it is nearly the right ladder. Only numbers give it away: the
+# spread falls half-way, and so, by t = 600, has the correlation.
 #
 # ## Your turn
 #
 # ### Exercise 03.1: how much noise?
-# *Difficulty 1 of 5, importance 4 of 5, five minutes.* Equation (2) as the field plots it: the natural logarithm of the SNR at
-# every timestep. `bars` (N,) is $\bar\alpha$.
+# *Difficulty 1 of 5, importance 4 of 5, five minutes.* Equation (2) as the field plots it: the natural logarithm of the
+# SNR at every timestep. `bars` (N,) is $\bar\alpha$.
 
 
 # %% tags=["exercise"]
@@ -643,8 +656,9 @@ ldm.check("03.1", log_snr)
 
 # %% [markdown]
 # ### Exercise 03.2: add noise
-# *Difficulty 2 of 5, importance 5 of 5, ten minutes.* Equation (1) for a batch, from nothing but the betas: `x0` and `eps` are
-# (B, 4, h, w), `t` (B,) whole timesteps, one for each latent, `betas` (1000,). This line stands in every training loop.
+# *Difficulty 2 of 5, importance 5 of 5, ten minutes.* Equation (1) for a batch, from nothing but the betas: `x0` and
+# `eps` are (B, 4, h, w), `t` (B,) whole timesteps, one for each latent, `betas` (1000,). This line stands in every
+# training loop.
 
 
 # %% tags=["exercise"]
@@ -659,8 +673,8 @@ ldm.check("03.2", noised)
 
 # %% [markdown]
 # ### Exercise 03.3: there and back
-# *Difficulty 2 of 5, importance 5 of 5, ten minutes.* A network has said `out` of the noisy latent `x`. If `kind` is "eps" it
-# has told the noise, if "v" the $v$ of equation (3). Return `(x0, eps)`, as these imply them.
+# *Difficulty 2 of 5, importance 5 of 5, ten minutes.* A network has said `out` of the noisy latent `x`. If `kind` is
+# "eps" it has told the noise, if "v" the $v$ of equation (3). Return `(x0, eps)`, as these imply them.
 
 
 # %% tags=["exercise"]
@@ -676,8 +690,9 @@ ldm.check("03.3", both)
 
 # %% [markdown]
 # ### Exercise 03.4: the best that anyone could do
-# *Difficulty 3 of 5, importance 3 of 5, fifteen minutes.* Equation (4), without looking: `x` (B, 4, h, w), numbers `alpha` and
-# `sigma`, `data` (N, 4, h, w); return the guesses (B, 4, h, w). Mind what exponentials do to numbers below -100.
+# *Difficulty 3 of 5, importance 3 of 5, fifteen minutes.* Equation (4), without looking: `x` (B, 4, h, w), numbers
+# `alpha` and `sigma`, `data` (N, 4, h, w); return the guesses (B, 4, h, w). Mind what exponentials do to numbers below
+# -100.
 
 
 # %% tags=["exercise"]
@@ -692,8 +707,9 @@ def my_ideal(x, alpha, sigma, data):
 ldm.check("03.4", my_ideal)
 
 # %% [markdown]
-# ### Exercise 03.5: end in noise
-# *Difficulty 2 of 5, importance 2 of 5, ten minutes.* Equation (5), from $\bar\alpha$ to $\bar\alpha'$: `bars` (N,) of any schedule.
+# ### Further 03.5: end in noise
+# *Difficulty 2 of 5, importance 2 of 5, ten minutes.* Equation (5), from $\bar\alpha$ to $\bar\alpha'$: `bars` (N,) of
+# any schedule.
 
 
 # %% tags=["exercise"]
@@ -709,8 +725,8 @@ ldm.check("03.5", zero_terminal)
 # %% [markdown]
 # ## The same on a real model
 #
-# The same ladder with Stable Diffusion 1.5, whose schedule is the same. The scene is nothing it was trained on; noise of one
-# level hides less of it than of ours, since a latent of 64×64 says everything sixteen times.
+# The same ladder with Stable Diffusion 1.5, whose schedule is the same. The scene is nothing it was trained on; noise
+# of one level hides less of it than of ours, since a latent of 64×64 says everything sixteen times.
 
 # %% tags=["real-model"]
 big = real("sd15")
@@ -721,9 +737,9 @@ if big is not None:
 # %% [markdown]
 # ## Where it lives in `ldm`
 #
-# The tables of $\beta$ and (5) are in `ldm/schedules/betas.py`, (1) and (3) in `ldm/diffusion.py`, `add_noise`, `target` and
-# `to_x0_eps`; no sampler and no training loop has algebra of its own. In diffusers each scheduler's class has its own
-# `add_noise`, `get_velocity` and `rescale_zero_terminal_snr`.
+# The tables of $\beta$ and (5) are in `ldm/schedules/betas.py`, (1) and (3) in `ldm/diffusion.py`, `add_noise`,
+# `target` and `to_x0_eps`; no sampler and no training loop has algebra of its own. In diffusers each scheduler's class
+# has its own `add_noise`, `get_velocity` and `rescale_zero_terminal_snr`.
 
 # %%
 import inspect
@@ -733,6 +749,6 @@ print(inspect.getsource(zero_terminal_snr))
 
 # %% [markdown]
 # **In short.** $t$ is an index; how much noise it means stands in $\bar\alpha$, and at $t = 400$ of Stable Diffusion's
-# schedule 42 % of the variance are the picture's. The best denoiser of a finite set is a softmax over distances; it recites
-# the set. A network is worth its name because it falls short of that ideal in the right way. Next: [04, the UNet,
-# opened](04_unet.ipynb).
+# schedule 42 % of the variance are the picture's. The best denoiser of a finite set is a softmax over distances; it
+# recites the set. A network is worth its name because it falls short of that ideal in the right way. Next: [04, the
+# UNet, opened](04_unet.ipynb).

@@ -101,7 +101,7 @@ recorded = seen.attention(name).flatten(1, 2)  # (heads, N, 77), by ldm.watch
 print(
     f"output: off by {(y - caught['y']).abs().max():.1e}; rows add up to {maps.sum(-1).mean():.6f}"
 )
-assert torch.allclose(y, caught["y"], atol=1e-5) and torch.allclose(maps[0], recorded, atol=1e-6)
+assert torch.allclose(y, caught["y"], atol=1e-5) and torch.allclose(maps[0], recorded, atol=1e-5)
 
 # %% [markdown]
 # The UNet itself uses a fused kernel that never writes $A$ down. `ldm.watch` computes the maps beside it, from the same
@@ -189,11 +189,12 @@ print(f"t = {level.t:g}, averaged: {together}, chance {chance:.2f}")
 print(f"coarse layers, the best: {max(by_layer['kind'][k] for k in coarse):.2f}")
 assert together["kind"] > 0.7 and together["color"] > 0.7 and chance < 0.12
 assert max(by_layer["kind"][k] for k in coarse) < 0.3 < max(by_layer["kind"][k] for k in fine)
+assert together["kind"] > max(by_layer["kind"]) - 0.1
 
 # %% [markdown]
 # The maps are not decoration: most of the best positions lie on the thing. But not every layer's. On the 4×4 grid the maps say
-# nothing of place (a position there stands for 32×32 pixels; what these layers look for is *what* is in the picture, and they
-# look anywhere). Whoever averages all layers blindly mixes them in.
+# next to nothing of place (a position there stands for 32×32 pixels). What these layers are for, this score doesn't tell. Here
+# the average over all layers survives them; with more coarse layers it need not.
 #
 # How early does the network know? The same, over the noise levels.
 
@@ -217,7 +218,8 @@ ax.legend(frameon=False, fontsize=8)
 figures.title(fig, f"Already at t = {t[0]:g} the words know their places")
 for what, line in curve.items():
     print(what, " ".join(f"{value:.2f}" for value in line))
-assert curve["kind"][0] > 4 * chance and curve["kind"][-1] > curve["kind"][0]
+assert min(curve["kind"][0], curve["color"][0]) > 4 * chance
+assert curve["kind"][-1] > curve["kind"][0] and curve["color"][-1] > curve["color"][0]
 figures.show(fig, "The score of both kinds of words rises as the noise falls")
 
 # %% [markdown]
@@ -306,13 +308,18 @@ assert verdicts["the word itself"] == ["blue boat"] * 3
 assert all(
     "blue" not in seen for name in mixes if name != "the word itself" for seen in verdicts[name]
 )
-heading = "One vector of 77 decides the colour: its own"
+kept_red = sum(seen.startswith("red") for seen in verdicts["all but the word"])
+print(f"with its own vector alone red stays red in {kept_red} of 3")
+assert kept_red < 3 and verdicts["end and padding"] == ["red boat"] * 3
+heading = "Only the word's own vector turns the boat blue"
 figures.pictures([row[:3] for row in rows], side=list(mixes), heading=heading, inches=1.05)
 
 # %% [markdown]
-# In this model the colour lives in the one vector of its own word, and nowhere else. Our captions taught it that: many colours,
-# any thing. Do not carry this over: Stable Diffusion's text encoder is deeper, has read the whole internet, and may spread a
-# word over the tokens behind it. The experiment above is how to find out.
+# One vector of 77 is enough to turn all boats blue, the word's own, and no exchange that spares it makes any boat blue. But it
+# doesn't do everything: where all the others contradict it (last row), red is no longer sure, and neither is the boat. In our
+# captions any colour goes with any thing, which may be why; we have not tested it. Do not carry this over: Stable Diffusion's
+# text encoder is deeper, has read the whole internet, and may spread a word over the tokens behind it. The experiment above is
+# how to find out.
 #
 # And most of the attention goes to nobody at all:
 
@@ -322,11 +329,11 @@ with ldm.watch(pipe) as seen:
 groups = {"<begin>": [0], "8 words": list(range(1, end)), "<end> + padding": list(range(end, 77))}
 share = {name: seen.map(positions).mean().item() for name, positions in groups.items()}
 print(", ".join(f"{name} {100 * value:.0f} %" for name, value in share.items()))
-assert abs(sum(share.values()) - 1) < 1e-5 and share["<end> + padding"] > share["8 words"]
+assert abs(sum(share.values()) - 1) < 1e-5 and share["8 words"] < 0.4
 
 # %% [markdown]
-# Shares must add up to 1, so a position that needs no word has to look *somewhere*: begin and padding tokens are the place to
-# look at when there is nothing to ask.
+# Shares must add up to 1, so a position that needs no word has to look *somewhere*, and begin and padding are there for it. That
+# need not be all they are for: in notebook [01](01_words.ipynb) the style could be told from end and padding alone.
 #
 # ## Break it
 #
@@ -370,23 +377,25 @@ def draw_faulty(fault, text, s=4.0, seed=3):
     return pipe.decode(x)[0]
 
 
-text, drawn, signs = "a large red house on snow at night", {}, {}
+text, drawn, signs, there = "a large red house on snow at night", {}, {}, {}
 for fault in ("none", "no root", "over positions", "values shifted"):
     sharp, sums = [], []
     drawn[fault] = draw_faulty(fault, text)
     signs[fault] = float(np.mean(sharp)), float(np.mean(sums))
-    seen_there = read([drawn[fault]])[0]
+    there[fault] = read([drawn[fault]])[0]
     print(
-        f"{fault:15} sharpness {signs[fault][0]:.3f}, rows off by {signs[fault][1]:.3f}: {seen_there}"
+        f"{fault:15} sharp {signs[fault][0]:.3f}, rows off by {signs[fault][1]:.3f}: {there[fault]}"
     )
 plain = pipe(text, seed=3, steps=12, guidance=4.0, sampler="ddim").images[0]
 assert np.abs(np.asarray(plain, float) - np.asarray(drawn["none"], float)).mean() < 0.5
 assert signs["no root"][0] > 1.2 * signs["none"][0] and signs["over positions"][1] > 0.1
-assert signs["values shifted"][1] < 1e-5
+assert signs["values shifted"][1] < 1e-5 and there["none"] == "red house"
+assert "red house" not in (there["over positions"], there["values shifted"])
 figures.pictures(list(drawn.values()), list(drawn), heading="Three faults in attention", inches=1.6)
 
 # %% [markdown]
-# The third one is the nastiest: each token takes the value of the one before it. All maps are in order, all rows add up
+# Without the root the maps are too sharp (here still a red house, misshapen). Softmax over positions breaks the sum of 1, and the
+# picture. The third one is the nastiest: each token takes the value of the one before it. All maps are in order, all rows add up
 # to 1, and only the picture is wrong. Statistics find what breaks a law, not what breaks the meaning.
 #
 # ## Your turn

@@ -37,7 +37,7 @@ hole = Image.fromarray(white)
 
 
 # %%
-def four_starts(pipe, photo, hole, told, words, seed=7, steps=20):
+def four_starts(pipe, photo, hole, told, words, seed=9, steps=20):
     """One sentence, one seed, one loop: what it draws from four starts."""
     side = pipe.default_size
     photo, hole = photo.resize((side, side)), hole.resize((side, side))
@@ -52,7 +52,7 @@ def four_starts(pipe, photo, hole, told, words, seed=7, steps=20):
     labels = ["given", "from noise", "from the picture", "in a hole of it", "from its own noise"]
     row = [photo, *(result.images[0] for result in drawn)]
     heading = f"“{words}”: one loop, four starts"
-    return figures.pictures(row, labels, heading=heading, inches=1.5)
+    return figures.pictures(row, labels, heading=heading, inches=1.35)
 
 
 four_starts(pipe, photo, hole, told, words)
@@ -113,7 +113,7 @@ assert rows[4] == 10 and (int(50 * 0.58), int(10 * 0.75)) == (28, 7)  # cut, not
 
 # %%
 half = schedule[10]
-fig, ax = figures.canvas(6.4, 2.7)
+fig, ax = figures.canvas(5.6, 2.5)
 ax.plot(strengths, [schedule[row].alpha for row in rows], "o-", label="α, of the picture")
 ax.plot(strengths, [schedule[row].sigma for row in rows], "s--", label="σ, of the noise")
 ax.set(xlabel="strength", ylabel="share in the first latent", ylim=(0, 1.05))
@@ -121,9 +121,7 @@ ax.legend(frameon=False, fontsize=8, loc="center right")
 power = (half.sigma / half.alpha) ** 2
 figures.title(fig, f"At strength 0.5 there is {power:.1f} times as much noise as picture")
 assert power > 1.5
-figures.show(
-    fig, "Two curves over strength: alpha falls from 0.97 to 0.09, sigma rises from 0.22 to 1"
-)
+figures.show(fig, "Two curves over strength: alpha falls, sigma rises, they cross at 0.4")
 
 # %% [markdown]
 # 20 steps at strength 0.5 are 10 steps: whoever wants 20 to be run asks for 40, or tells `ldm` that the steps are the
@@ -263,11 +261,11 @@ for s in (0.0, 0.3, 0.5, 0.7, 0.9):
     start = noised(latents, drawn_noise, ten, first)
     ladder[s] = pipe.decode(walk(start, captions, ten, first, s=1))
 
-shown = (2, 4, 6)
+shown = (2, 4)
 grid = [[ladder[s][k] for s in ladder] for k in shown]
 side = [f"“{new[k].things[0].color}\n{new[k].things[0].kind},\n{new[k].time}”" for k in shown]
-figures.pictures(grid, [f"strength {s}" for s in ladder], side,
-                 heading="From the picture to the sentence, strength by strength", inches=1.15)  # fmt: skip
+heading = "From the picture to the sentence, strength by strength"
+figures.pictures(grid, [f"strength {s}" for s in ladder], side, heading, inches=1.15)
 
 # %%
 readings, follows = [read(images) for images in ladder.values()], {}
@@ -276,7 +274,7 @@ for question, name in asked.items():
     follows[name] = [np.mean([a[question] == b for a, b in zip(seen, true)]) for seen in readings]
 order = sorted(follows, key=lambda name: -sum(follows[name]))
 
-fig, ax = figures.canvas(6.8, 3.2)
+fig, ax = figures.canvas(6.0, 3.0)
 for name, mark in zip(order, "os^vDP"):
     ax.plot(list(ladder), [100 * share for share in follows[name]], mark + "-", label=name)
 ax.set(xlabel="strength", ylabel="as the sentence says, %", ylim=(-3, 103))
@@ -315,11 +313,12 @@ def error_of(steps, refine):
 
 counts = (4, 8, 16)
 errors = {refine: [error_of(steps, refine) for steps in counts] for refine in (0, 2)}
-fig, ax = figures.canvas(6.4, 2.8)
+fig, ax = figures.canvas(5.6, 2.5)
 for (refine, found), mark in zip(errors.items(), "os"):
     ax.loglog(counts, [100 * each for each in found], mark + "-", label=f"{refine} corrections")
 ax.set(xlabel="steps", ylabel="error of the way back, %")
 ax.set_xticks(counts, [str(steps) for steps in counts])
+ax.set_yticks([2, 5, 10, 20], ["2", "5", "10", "20"])
 ax.minorticks_off()
 ax.legend(frameon=False, fontsize=8)
 gain = errors[0][2] / errors[2][2]
@@ -387,11 +386,11 @@ assert outcome["its own noise", 1.0][0] >= 0.9 and rest[1] < 0.5 * rest[0]
 
 # %%
 chosen = [(name, s) for name in starts for s in (0.6, 1.0)]
-grid = [[plain[k], *(images[each][k] for each in chosen)] for k in (4, 6)]
+grid = [[plain[k], *(images[each][k] for each in chosen)] for k in (3, 0)]
 labels = ["given", *(f"{name}, {s}" for name, s in chosen)]
-side = [f"{color_of[k]} to {wanted_colors[color_of[k]]}" for k in (4, 6)]
+side = [f"{color_of[k]} to {wanted_colors[color_of[k]]}" for k in (3, 0)]
 heading = f"From its own noise the rest changes {rest[0] / rest[1]:.1f} times less, at strength 1"
-figures.pictures(grid, labels, side, heading=heading, inches=1.2)
+figures.pictures(grid, labels, side, heading=heading, inches=1.1)
 
 # %% [markdown]
 # Even at strength 1, where drawn noise has forgotten the picture, its own noise still knows where everything was: DDIM is a
@@ -416,8 +415,8 @@ found = [f"{each['left color']} {each['left kind']}" for each in read(result.ima
 print("the checker reads:", ", ".join(found[:3]))
 assert changed(result.images, [photo] * len(tries), outside) == 0 and found[:3] == things
 labels = ["given", "the mask", *things, "nothing"]
-figures.pictures([photo, hole.convert("RGB"), *result.images], labels,
-                 heading="White is drawn anew, and black is the original, bit for bit", inches=1.15)  # fmt: skip
+heading = "White is drawn anew, and black is the original, bit for bit"
+figures.pictures([photo, hole.convert("RGB"), *result.images], labels, (), heading, inches=1.15)
 
 # %% [markdown]
 # Pasting has its price: where the autoencoder's colours differ from the original's, the mask's border can be seen. Tools
@@ -439,8 +438,8 @@ assert torch.equal(small["any pixel"], pictures.latent_mask(given, 8)) and cover
 assert torch.equal(small["nearest"], pictures.latent_mask(given, 8, nearest=True))
 assert covered["nearest"] < 0.8
 labels = ["128×128", *(f"16×16, {name}: {100 * share:.0f} %" for name, share in covered.items())]
-figures.heat([given[0, 0], *(each[0, 0] for each in small.values())], labels, inches=1.9,
-                          heading=f"Nearest loses {100 * (1 - covered['nearest']):.0f} % of this stroke")  # fmt: skip
+heading = f"Nearest loses {100 * (1 - covered['nearest']):.0f} % of this stroke"
+figures.heat([given[0, 0], *(each[0, 0] for each in small.values())], labels, heading, inches=1.8)
 
 # %% [markdown]
 # **Why at every step?** One could as well draw a whole new picture, and put the known part back once, at the end. The
@@ -461,9 +460,9 @@ def keep(known):
 
 
 ways = {
-    "at the end alone": lambda x, i: latents if i == 10 else x,
-    "at every step (3)": lambda x, i: noised(latents, fresh, ten, i),
-    "clean, every step": lambda x, i: latents,
+    "at the end": lambda x, i: latents if i == 10 else x,
+    "every step (3)": lambda x, i: noised(latents, fresh, ten, i),
+    "clean": lambda x, i: latents,
 }
 halves = {name: pipe.decode(walk(fresh, short, ten, s=1, landed=keep(known)))
           for name, known in ways.items()}  # fmt: skip
@@ -489,7 +488,7 @@ def resampled(x, prompts, schedule, known, times=3):
     return x
 
 
-halves["resampled"] = pipe.decode(resampled(fresh, short, ten, ways["at every step (3)"]))
+halves["resampled"] = pipe.decode(resampled(fresh, short, ten, ways["every step (3)"]))
 
 
 def seam(images):
@@ -501,16 +500,16 @@ def seam(images):
 
 seams = {"the picture": seam(pipe.decode(latents)), **{k: seam(v) for k, v in halves.items()}}
 print(*(f"{name}: {found:.1f}" for name, found in seams.items()), sep="\n")
-assert seams["at the end alone"] > 1.5 * seams["at every step (3)"] > 1.5 * seams["the picture"]
-assert seams["resampled"] < 0.85 * seams["at every step (3)"]
+assert seams["at the end"] > 1.5 * seams["every step (3)"] > 1.5 * seams["the picture"]
+assert seams["resampled"] < 0.85 * seams["every step (3)"]
 
 # %%
-chosen = (5, 2, 3)
+chosen = (5, 2)
 grid = [[Image.fromarray(scenes.render(scenery[k]).image) for k in chosen]]
 grid = [list(row) for row in zip(*grid, *([found[k] for k in chosen] for found in halves.values()))]
 side = [short[k].removeprefix("a ").replace(" ", "\n") for k in chosen]
-figures.pictures(grid, ["given", *halves], side, inches=1.15,
-                 heading="The right half is drawn anew: joined at the end, it cannot fit")  # fmt: skip
+heading = "The right half is drawn anew: joined at the end, it cannot fit"
+figures.pictures(grid, ["given", *halves], side, heading, inches=1.15)
 
 # %% [markdown]
 # Blending at every step is what lets the drawn half know of night and sea. It knows late: at the first rows the known part
@@ -564,9 +563,9 @@ refined = pipe(text, image=larger, strength=0.5, **same).images
 
 
 def sharpness(images):
-    return np.mean(
-        [np.abs(np.diff(np.asarray(each.convert("L"), float), axis=1)).mean() for each in images]
-    )
+    """The mean step from a pixel to its right neighbour, in grey levels."""
+    grey = np.stack([np.asarray(each.convert("L"), float) for each in images])
+    return np.abs(np.diff(grey, axis=2)).mean()
 
 
 names = ["128 pixels", "192 at once", "enlarged", "and refined"]
@@ -578,11 +577,11 @@ for name, images in rows.items():
     print(f"{name:12} sharpness {sharp[name]:.2f}, one thing alone in {alone[name]} of 3")
 assert alone["192 at once"] < alone["and refined"] and sharp["and refined"] > sharp["enlarged"]
 columns = [[rows[name][k] for name in names] for k in range(2)]
-figures.pictures(columns, names, heading="At once: several; refined: one", inches=1.4)
+figures.pictures(columns, names, heading="At once: several; refined: one", inches=1.2)
 
 # %% [markdown]
-# One thing, in its place, and sharp again: that is the fix. What it can't do is change what the model knows. Houses of this
-# world are 64 pixels wide at most, so a house of 90 is given more windows and storeys.
+# One thing, in its place, and somewhat sharper: that is the fix. What it can't do is change what the model knows. No house of
+# this world is wider than 64 pixels (`ldm.scenes.world.extent`), so a larger one is given more windows and storeys.
 #
 # ### Four sentences, one picture
 #
@@ -632,6 +631,7 @@ wide_pictures([day], [""], "A day in one picture: four sentences, one latent", s
 true_captions = [scenes.caption(each, each.seed, full=True) for each in scenery[:5]]
 latents, fresh = encoded(scenery[:5]), ldm.Noise.from_seeds(range(50, 55)).draw((4, 16, 16))
 factor, first = pipe.vae.config.scaling_factor, 20 - int(20 * 0.3)
+print(f"The factor is {factor:.3f}: without it a latent is {1 / factor:.1f} times too large.")
 plain = pipe.decode(latents)
 faults = {
     "right": noised(latents, fresh, schedule, first),
@@ -652,9 +652,9 @@ for name, start in faults.items():
 
 # %%
 labels = ["right", "too much noise", "no noise", "not scaled", "SD's factor"]
-grid = [[images[k] for images in broken.values()] for k in (1, 4)]
-figures.pictures(grid, labels, inches=1.15,
-                 heading="Too much noise becomes clouds and flecks; none at all goes unseen")  # fmt: skip
+grid = [[images[k] for images in broken.values()] for k in (2, 4)]
+heading = "Too much noise becomes clouds; none goes unseen"
+figures.pictures(grid, labels, (), heading, inches=1.1)
 
 # %%
 reference = numbers["right"]

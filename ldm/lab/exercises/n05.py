@@ -63,8 +63,8 @@ HEADS = Exercise(
     split_heads,
     calling(lambda g: (noise(g, 2, 6, 12), 3), lambda g: (noise(g, 1, 8, 8), 4)),
     {
-        "the numbers are only poured into the new shape: a head would get a piece of the positions, not of the "
-        "channels. Split the channels first, then exchange two dims.":
+        "the numbers are only poured into the new shape: a head gets a piece of the positions, where it should get a "
+        "piece of the channels.":
             lambda x, heads: x.reshape(len(x), heads, x.shape[1], -1),
         "the heads are the fast part of the channels here: a head owns neighbouring channels, (heads, width) in this "
         "order.": lambda x, heads: x.unflatten(-1, (-1, heads)).permute(0, 3, 1, 2),
