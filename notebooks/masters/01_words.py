@@ -4,8 +4,8 @@
 # **A sentence goes in, a picture comes out, but the UNet never sees a word. What does it actually receive?**
 #
 # About 25 minutes to read, half a minute to run. Before it: [00](00_one_picture.ipynb). You will have learnt byte pairs
-# from captions, built CLIP's text encoder by hand, seen which of its 77 vectors do the work, mixed two sentences, tested
-# what the encoder has *not* learnt, and broken it in three ways.
+# from captions, built CLIP's text encoder by hand, seen which of its 77 vectors do the work, mixed two sentences,
+# tested what the encoder has *not* learnt, and broken it in three ways.
 
 # %%
 import math
@@ -63,6 +63,7 @@ drawn = as_drawn(pipe, odd)
 seen = [(each["left color"], each["left kind"]) for each in read(drawn)]
 assert drawn[0].tobytes() == drawn[1].tobytes() and seen[0] == seen[2] == ("red", "boat")
 assert seen[3][1] == "boat" and seen[3][0] != "red" and seen[4][1] == "house"
+assert read(drawn[5:])[0]["left size"] != "large"
 figures.pictures(
     drawn,
     [text.replace(" on", "\non") for text in odd],
@@ -71,15 +72,15 @@ figures.pictures(
 )
 
 # %% [markdown]
-# Capitals make no difference, not of a single bit, and the order of the words hardly any. But a crimson boat is not red, a
-# lighthouse is a house, and a castle is nothing at all. The print gives a reason: `crimson` falls into six pieces, none of
-# them a colour, and the last piece of `lighthouse` is `house</w>`.
+# Capitals make no difference, not of a single bit, and the order of the words hardly any. But a crimson boat is not
+# red, a lighthouse is a house, and where the castle should be there is only sea. The print gives a reason: `crimson`
+# falls into six pieces, none of them a colour, and the last piece of `lighthouse` is `house</w>`.
 #
 # ## Predict
 #
 # The UNet is given 77 vectors for every sentence. Commit yourself: in how many of the 77 do "a red house" and "a blue
-# house" differ? What does the average of the two sentences' vectors draw? And if the encoder did not know at which position
-# a word stands, could it still tell "a red house left of a blue boat" from "a blue boat left of a red house"?
+# house" differ? What does the average of the two sentences' vectors draw? And if the encoder did not know at which
+# position a word stands, could it still tell "a red house left of a blue boat" from "a blue boat left of a red house"?
 
 # %%
 my_guess = {"vectors that differ": None, "the average draws": None, "order without positions": None}
@@ -87,8 +88,9 @@ my_guess = {"vectors that differ": None, "the average draws": None, "order witho
 # %% [markdown]
 # ## Derive
 #
-# **Pieces.** Byte-pair encoding (Sennrich et al. 2016, algorithm 1) starts from single letters and joins, of all pairs of
-# neighbours $(a, b)$ in its list, the one learnt first, again and again:
+# **Pieces.** Byte-pair encoding (Sennrich et al. 2016, section 3.2; their algorithm 1 is the learning, built below)
+# starts from single letters and joins, of all pairs of neighbours $(a, b)$ in its list, the one learnt first, again and
+# again:
 #
 # $$(a, b)^* = \arg\min_{(a,b)\ \text{neighbours}} \mathrm{rank}(a, b). \tag{1}$$
 #
@@ -96,21 +98,22 @@ my_guess = {"vectors that differ": None, "the average draws": None, "order witho
 #
 # $$x_i = E_{\mathrm{id}_i} + P_i. \tag{2}$$
 #
-# **Layers.** Each lets positions read from one another, and then thinks about each by itself (Vaswani et al. 2017, equation
-# 1; the norms stand in front, as in GPT-2). The mask $M$ is $0$ for $j \le i$ and $-\infty$ for $j > i$:
+# **Layers.** Each lets positions read from one another, and then thinks about each by itself (Vaswani et al. 2017,
+# equation 1; the norms stand in front, as in GPT-2). The mask $M$ is $0$ for $j \le i$ and $-\infty$ for $j > i$:
 #
-# $$A = \mathrm{softmax}\!\left(\tfrac{QK^\top}{\sqrt d} + M\right), \qquad x \leftarrow x + W_o A V, \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)),
-# \tag{3}$$
+# $$A = \mathrm{softmax}\!\left(\tfrac{QK^\top}{\sqrt d} + M\right), \qquad x \leftarrow x + W_o A V, \qquad
+# x \leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)), \tag{3}$$
 #
-# with $Q, K, V$ linear in $\mathrm{LN}(x)$. Why a mask in an encoder that sees the whole sentence anyway? To keep open the
-# use of a pretrained language model, say its authors (Radford et al. 2021, section 2.4). A consequence: the first token knows
-# nothing, and only the **end token** has read everything.
+# with $Q, K, V$ linear in $\mathrm{LN}(x)$. Why a mask in an encoder that sees the whole sentence anyway? To keep open
+# the use of a pretrained language model, say its authors (Radford et al. 2021, section 2.4). A consequence: the first
+# token knows nothing, and the **end token** is the first that has read everything.
 #
-# **Meaning.** Nobody says what the vectors should be. A second tower turns *pictures* into vectors, and both are trained until
-# each of $B$ pictures finds its caption and each caption its picture (ibid., figure 3), with unit vectors $u_k$ of the pictures
-# and $v_k$ of the captions, read at the end token, and a learnt scale $s$:
+# **Meaning.** Nobody says what the vectors should be. A second tower turns *pictures* into vectors, and both are
+# trained until each of $B$ pictures finds its caption and each caption its picture (ibid., figure 3), with unit vectors
+# $u_k$ of the pictures and $v_k$ of the captions, read at the end token, and a learnt scale $s$:
 #
-# $$L = \tfrac12 \Big[\mathrm{CE}(s\,UV^\top) + \mathrm{CE}(s\,VU^\top)\Big], \qquad \text{row } k\text{'s right answer being } k. \tag{4}$$
+# $$L = \tfrac12 \Big[\mathrm{CE}(s\,UV^\top) + \mathrm{CE}(s\,VU^\top)\Big], \qquad
+# \text{row } k\text{'s right answer being } k. \tag{4}$$
 #
 # ## Build
 #
@@ -142,12 +145,16 @@ assert learnt == train_vocabulary(captions, 512 + 158 + 2)[1], "no longer what l
 ranks = pipe.tokenizer.ranks  # of the embedded tokenizer: pair -> rank
 common = len(set(learnt) & set(ranks))
 assert len(ranks) == 158 and common >= 150
+assert pipe.tokenizer.eos_id + 1 == 2 * 256 + 158 + 2 == 672
+assert clip.TextConfig().vocab_size == 49408
 print("the first six:", ", ".join("+".join(pair) for pair in learnt[:6]))
 print(f"of the 158 pairs of the embedded tokenizer, {common} are found again")
 
 # %% [markdown]
-# The embedded tokenizer learnt from more captions than that, those of 12,000 pictures, by the same function. With 256 bytes,
-# the same 256 at the end of a word (`</w>`), 158 joined pieces and the two marks for begin and end it has 672 pieces. CLIP's has 49,408, from far more text, by the same rule. To read a new word, the list is replayed: that is (1).
+# The embedded tokenizer learnt from more captions than that, those of 12,000 pictures, by the same function. With 256
+# bytes, the same 256 at the end of a word (`</w>`), 158 joined pieces and the two marks for begin and end it has 672
+# pieces. CLIP's has 49,408, from far more text, by the same rule. To read a new word, the list is replayed: that is
+# (1).
 
 
 # %%
@@ -182,22 +189,31 @@ def tree(ax, word):
 several = ("watercolor", "lighthouse", "crimson")
 for word in (*several, "castle", "boat", "evening", "houseboat"):
     assert merges_of(word)[-1][0] == pipe.tokenizer.pieces(word), "no longer what ldm does"
+vocabulary = {word for caption in captions for word in split_words(caption)}
+assert "watercolor" in vocabulary and not {"lighthouse", "crimson"} & vocabulary
+rare = [word for word in vocabulary if len(pipe.tokenizer.pieces(word)) > 1]
+print(f"of {len(vocabulary)} words in the captions {len(rare)} stay in pieces")
+assert "evening" in rare and len(rare) < len(vocabulary) / 3
 fig, axes = figures.canvas(7.6, 3.3, columns=3)
 for ax, word in zip(axes, several):
     tree(ax, word)
 ends = [len(merges_of(word)[-1][0]) for word in several]
-figures.title(fig, "A frequent word grows into {} piece, rare ones stop at {} and {}".format(*ends))
+figures.title(
+    fig, "A frequent word grows into {} piece, words never met stop at {} and {}".format(*ends)
+)
 figures.show(
     fig, "Three words joined from letters, one merge a row; the last piece of lighthouse is house"
 )
 
 # %% [markdown]
-# Nothing is ever unknown, for every text is made of bytes; but what is spelt in pieces was never seen *together* in training.
+# Nothing is ever unknown, for every text is made of bytes. A word in pieces is no misfortune by itself: rarer words of
+# our own captions stay in pieces ("evening"), and the encoder has learnt what they mean together. Of the pieces of a
+# word that it never met it has not.
 #
 # ### 77 numbers
 #
-# Begin, words, end, and then the end token again as padding: every prompt has 77 positions (CLIP's choice, and so that of
-# all who use it). What is longer is cut.
+# Begin, words, end, and then the end token again as padding: every prompt has 77 positions (CLIP's choice, and so that
+# of all who use it). What is longer is cut.
 
 # %%
 tokens = pipe.tokenizer("a red house")
@@ -257,8 +273,8 @@ print(f"by hand and ldm's own: equal, up to {(mine - theirs).abs().max():.0e}")
 print("6 sentences become", tuple(mine.shape), f"numbers, of size about {mine.abs().mean():.1f}")
 
 # %% [markdown]
-# That is the answer to the question: **77 vectors of 128 numbers** (768 in Stable Diffusion 1), one for each position, words or
-# not. The mask shows in who looks at whom, and in which of the 77 notice that one word was exchanged.
+# That is the answer to the question: **77 vectors of 128 numbers** (768 in Stable Diffusion 1), one for each position,
+# words or not. The mask shows in who looks at whom, and in which of the 77 notice that one word was exchanged.
 
 # %%
 sentence = "a large red boat on the sea at sunset"
@@ -293,16 +309,16 @@ print("a red house, a blue house:", int((two[0] != two[1]).any(dim=1).sum()), "o
 assert (two[0] != two[1]).any(dim=1).tolist() == [False] * 2 + [True] * 75
 
 # %% [markdown]
-# The triangle is (3)'s mask. The bars show what attention is for: `boat` knows now that it is blue, and a little of it has got
-# into all of the padding. (`at` is this model's own oddity: in the triangle it looks at `red`.)
+# The triangle is (3)'s mask. The bars show what attention is for: `boat` knows now that it is blue, and a little of it
+# has got into all of the padding. (`at` is this model's own oddity: in the triangle it looks at `red`.)
 #
 # ## Run
 #
 # ### Which of the 77 does the UNet use?
 #
-# To find out, we draw from vectors instead of sentences, and exchange rows between the vectors of a sentence and those of the
-# empty one. The loop is that of [00](00_one_picture.ipynb); the judge is the checker, on scenes of two things that no training
-# picture held, where a colour counts as right only if it stands on the right side.
+# To find out, we draw from vectors instead of sentences, and exchange rows between the vectors of a sentence and those
+# of the empty one. The loop is that of [00](00_one_picture.ipynb); the judge is the checker, on scenes of two things
+# that no training picture held, where a colour counts as right only if it stands on the right side.
 
 # %%
 empty = encode(encoder, pipe.tokenizer("").ids)  # (1, 77, 128)
@@ -376,10 +392,10 @@ rows["another scene's picture"] = guess
 table(rows, "The words suffice; what stands behind them knows the style and little else")
 
 # %% [markdown]
-# The last row is the level of guessing: what the right pictures score on the questions of the next scene. What stands where, and
-# in which colour, is read at the words themselves. But padding is no empty space: it has read the sentence too, the UNet looks at
-# all 77 rows from everywhere, and the style of a picture can be told from padding alone. (Why the style and not the time of day,
-# which concerns the whole picture as well, this experiment does not say.)
+# The last row is the level of guessing: what the right pictures score on the questions of the next scene. What stands
+# where, and in which colour, is read at the words themselves. But padding is no empty space: it has read the sentence
+# too, the UNet looks at all 77 rows from everywhere, and the style of a picture can be told from padding alone. (Why
+# the style and not the time of day, which concerns the whole picture as well, this experiment does not say.)
 #
 # ### Between two sentences
 #
@@ -394,12 +410,12 @@ redness = (pixels[..., 0] - pixels[..., 2]).mean(axis=(1, 2))
 print("the checker sees:   ", ", ".join(named))
 print("mean red minus blue:", *redness.round(1))
 assert named[0] == "red" and named[-1] == "blue" and redness[0] > redness[3] > redness[-1]
-assert named[3] not in ("red", "blue")
+assert set(named[3:5]) <= {"black", "purple"}
 figures.pictures(
     morph,
     [f"{w:.2f} blue" for w in mix.flatten()],
     inches=1.15,
-    heading="Half of “red” and half of “blue” is neither word, but a colour between",
+    heading="Half of “red” and half of “blue” is neither: the boat turns dark and purple between",
 )
 
 # %% [markdown]
@@ -425,8 +441,9 @@ figures.pictures(
 # %% [markdown]
 # ### Earlier layers
 #
-# Stable Diffusion users know a switch called *clip skip*: take the output of an earlier layer. (diffusers and `ldm` count the
-# layers left out, so 1 is the penultimate one; several programs call that same one "2".) What does each of our three add?
+# Stable Diffusion users know a switch called *clip skip*: take the output of an earlier layer. (diffusers and `ldm`
+# count the layers left out, so 1 is the penultimate one; several programs call that same one "2".) What does each of
+# our three add?
 
 # %%
 depths = {"embeddings (skip 3)": 3, "one layer (skip 2)": 2, "two layers (skip 1)": 1}
@@ -441,14 +458,14 @@ assert shares[3, 5] > shares[2, 5] + 0.1, "sizes come last"
 table(by_depth, "One layer gives things names, the second their side, the third their size")
 
 # %% [markdown]
-# A word's bare embedding says nothing to the UNet. After one layer most things are there, but no better placed than by chance; and
-# so on. All this is a property of the training: this UNet has only ever read the last layer. Stable Diffusion 2 and SDXL were
-# trained on the penultimate one, where it is the right choice and no trick.
+# A word's bare embedding says nothing to the UNet. After one layer most things are there, but no better placed than by
+# chance; and so on. All this is a property of the training: this UNet has only ever read the last layer. Stable
+# Diffusion 2 and SDXL were trained on the penultimate one, where it is the right choice and no trick.
 #
 # ### What do the vectors mean?
 #
-# Our text encoder began as one of CLIP's two towers. Both towers, as they were *before* the UNet's training, lie beside the
-# model. Equation (4) at work on pictures that neither tower ever saw:
+# Our text encoder began as one of CLIP's two towers. Both towers, as they were *before* the UNet's training, lie beside
+# the model. Equation (4) at work on pictures that neither tower ever saw:
 
 # %%
 beside = find_model("scenes").with_name("scenes-extras")
@@ -502,8 +519,8 @@ alt = "Cosines of eight pictures and eight captions: the diagonal is the highest
 figures.show(fig, alt, photographic=True)
 
 # %% [markdown]
-# A classifier without training follows: describe each class in words, average over the wordings (Radford et al. 2021, section
-# 3.1), choose the nearest. Does a tower that finds 95 % of the captions know what a house is?
+# A classifier without training follows: describe each class in words, average over the wordings (Radford et al. 2021,
+# section 3.1), choose the nearest. Does a tower that finds almost all captions know what a house is?
 
 
 # %%
@@ -570,19 +587,20 @@ figures.title(fig, f"It tells {colors} of the colours and {kinds} of the kinds o
 figures.show(fig, "Bars: classes chosen rightly by question; captions found, true and lying")
 
 # %% [markdown]
-# This is the most important thing to know about contrastive vectors: they hold what *tells the pictures of a batch apart*, and
-# no more. Colour, time, ground, mountains and style of our world suffice for that, so this small CLIP hardly bothered to learn
-# shapes: with a wrong kind of thing most captions are still found. (A shortcut, in the sense of Geirhos et al. 2020. OpenAI's CLIP
-# chose among 32,768 pictures of everything; shapes it had to learn, but the order of words hardly:
-# "bags of words", Yuksekgonul et al. 2023.)
+# This is the most important thing to know about contrastive vectors: they hold what *tells the pictures of a batch
+# apart*; nothing rewards more. Colour, time, ground, mountains and style of our world suffice for that, so this small
+# and briefly trained CLIP hardly learnt shapes: with a wrong kind of thing most captions are still found. (A shortcut,
+# in the sense of Geirhos et al. 2020. OpenAI's CLIP chose among 32,768 pictures of everything; shapes it had to learn,
+# but the order of words hardly: "bags of words", Yuksekgonul et al. 2023.)
 #
-# Stable Diffusion 1 freezes its text tower and lives with what contrast taught. Ours was trained on with the UNet, and in between
-# on what stands left and what right. The end token's vectors of 40 captions, before and after:
+# Stable Diffusion 1 freezes its text tower and lives with what contrast taught. Ours was trained on: along with the
+# UNet, and for a while by itself, to answer what stands on the left and what on the right, and in which colours. The
+# end token's vectors of 40 captions, before and after all that:
 
 # %%
 forty = [f"a {color} {kind}" for kind in scenes.KINDS for color in scenes.COLORS[:5]]
 ids = pipe.tokenizer(forty).ids
-towers = {"CLIP, trained by contrast": text_tower, "after training with the UNet": encoder}
+towers = {"CLIP, trained by contrast": text_tower, "after further training": encoder}
 number = torch.arange(40)
 same_kind = number[:, None] // 5 == number // 5
 same_color = number[:, None] % 5 == number % 5
@@ -601,12 +619,14 @@ for ax, (name, tower_) in zip(axes, towers.items()):
     ax.set_title(name, fontsize=9)
     means.append((kind, color))
 assert means[0][0] < 0.2 and means[0][1] > 0.5 and means[1][0] > 0.4 > means[1][1]
-figures.title(fig, "Contrast sorts sentences by colour (stripes), drawing by kind (blocks)")
+figures.title(fig, "Contrast sorts sentences by colour (stripes), what came later by kind (blocks)")
 figures.show(
     fig, "Two matrices of 40 by 40 cosines: stripes of equal colour, then blocks of equal kind"
 )
 
 # %% [markdown]
+# Which of the two later trainings did it, this doesn't tell.
+#
 # ## Break it
 #
 # ### No positions
@@ -645,16 +665,16 @@ figures.pictures(
 )
 
 # %% [markdown]
-# Dropping the positions alone does not do what one expects. The mask counts for them: whatever a token looks at came before it.
-# (Haviv et al. 2022 found that language models trained without positions learn them all the same.) Without the mask alone the two
-# pictures still differ, though neither is right. Only without both is the
-# sentence a bag of words: the vectors are the same, in another order, which attention in the UNet does not see, and so are the
-# pictures, up to rounding.
+# Dropping the positions alone does not do what one expects. The mask counts for them: whatever a token looks at came
+# before it. (Haviv et al. 2022 found that language models trained without positions learn them all the same.) Without
+# the mask alone the two pictures still differ, though neither is right. Only without both is the sentence a bag of
+# words: the vectors are the same, in another order, which attention in the UNet does not see, and so are the pictures,
+# up to rounding.
 #
 # ### No mask
 #
-# Without the mask a word knows what comes after it, which no word ever did in training. We exchange what follows the house and
-# look at the vector of "house" itself; then at the pictures of the ten scenes.
+# Without the mask a word knows what comes after it, which no word ever did in training. We exchange what follows the
+# house and look at the vector of "house" itself; then at the pictures of the ten scenes.
 
 # %%
 heard = {}
@@ -671,21 +691,22 @@ assert heard["no mask", "right of a blue boat"] > 0.2
 # %%
 no_positions = score(read(draw(encode(encoder, tokens.ids, positions=False), range(10))))
 no_mask = score(read(draw(encode(encoder, tokens.ids, causal=False), range(10))))
-assert max(no_mask[3:]) < min(no_positions[3:]) - 0.1 and no_mask[0] > 0.75 and no_mask[1] > 0.75
+assert np.mean(no_mask[3:]) < np.mean(no_positions[3:]) - 0.2 and min(no_mask[:2]) > 0.75
 table(
     {"as trained": whole, "no positions": no_positions, "no mask": no_mask},
     "Without the mask things lose their side, their colour and their size",
 )
 
 # %% [markdown]
-# The signature: place, time and style are right, and what belongs to one thing is not. (An encoder *trained* without a mask, as T5 is, does very
-# well; the fault is to run one otherwise than it was trained. It happens where CLIP is rebuilt from a general transformer.)
+# The signature: place, time and style are right, and what belongs to one thing is not. (An encoder *trained* without a
+# mask, as T5 is, does very well; the fault is to run one otherwise than it was trained. It happens where CLIP is
+# rebuilt from a general transformer.)
 #
 # ### No end token
 #
-# The pooled vector, which CLIP compares and SDXL's UNet reads too, stands where the first end token stands. A long prompt that is
-# cut to 77 after the end was put on has none. Then nothing stops: `argmax` of "is it the end?" gives position 0. Here every
-# caption loses its end:
+# The pooled vector, which CLIP compares and SDXL's UNet reads too, stands where the first end token stands. A long
+# prompt that is cut to 77 after the end was put on has none. Then nothing stops: `argmax` of "is it the end?" gives
+# position 0. Here every caption loses its end:
 
 # %%
 lost = pipe.tokenizer(said_of_unseen).ids
@@ -698,15 +719,15 @@ print(f"pictures that find their caption: {100 * found_now:.0f} % (before: {100 
 assert alike > 0.9999 and found_now < 0.05
 
 # %% [markdown]
-# The signature: all sentences have the same vector, that of the begin token, which behind the mask has seen nothing. No error, no
-# warning.
+# The signature: all sentences have the same vector, that of the begin token, which behind the mask has seen nothing. No
+# error, no warning.
 #
 # ## Your turn
 #
 # ### Exercise 01.1: one merge
-# *Difficulty 2 of 5, importance 3 of 5, ten minutes.* Equation (1), once, without `merge`. `symbols` is a list of pieces,
-# `ranks` maps pairs (tuples) to whole numbers. Give the new list, with every occurrence of the chosen pair joined, from left to
-# right; if no pair of neighbours is known, the same pieces.
+# *Difficulty 2 of 5, importance 3 of 5, ten minutes.* Equation (1), once, without `merge`. `symbols` is a list of
+# pieces, `ranks` maps pairs (tuples) to whole numbers. Give the new list, with every occurrence of the chosen pair
+# joined, from left to right; if no pair of neighbours is known, the same pieces.
 
 
 # %% tags=["exercise"]
@@ -729,8 +750,8 @@ ldm.check("01.1", merge_step)
 
 # %% [markdown]
 # ### Exercise 01.2: begin, end, padding
-# *Difficulty 1 of 5, importance 4 of 5, five minutes.* From a list of ids make the row of `length` ids that the text encoder
-# reads. What doesn't fit is cut; begin and end never are.
+# *Difficulty 1 of 5, importance 4 of 5, five minutes.* From a list of ids make the row of `length` ids that the text
+# encoder reads. What doesn't fit is cut; begin and end never are.
 
 
 # %% tags=["exercise"]
@@ -745,8 +766,8 @@ ldm.check("01.2", frame)
 
 # %% [markdown]
 # ### Exercise 01.3: look back, not ahead
-# *Difficulty 3 of 5, importance 5 of 5, ten minutes.* The attention of (3) from `q`, `k`, `v`, each (B, heads, L, d), without
-# `attend` and without torch's own: the output (B, heads, L, d).
+# *Difficulty 3 of 5, importance 5 of 5, ten minutes.* The attention of (3) from `q`, `k`, `v`, each (B, heads, L, d),
+# without `attend` and without torch's own: the output (B, heads, L, d).
 
 
 # %% tags=["exercise"]
@@ -762,8 +783,8 @@ ldm.check("01.3", causal_attention)
 
 # %% [markdown]
 # ### Exercise 01.4: the end token
-# *Difficulty 2 of 5, importance 3 of 5, five minutes.* From the last layer's output `last` (B, L, C) and `ids` (B, L) read each
-# prompt's vector (B, C) at its end. The padding may be the end token itself, or another id.
+# *Difficulty 2 of 5, importance 3 of 5, five minutes.* From the last layer's output `last` (B, L, C) and `ids` (B, L)
+# read each prompt's vector (B, C) at its end. The padding may be the end token itself, or another id.
 
 
 # %% tags=["exercise"]
@@ -777,9 +798,9 @@ def pool(last, ids, eos):
 ldm.check("01.4", pool)
 
 # %% [markdown]
-# ### Exercise 01.5: contrast
-# *Difficulty 3 of 5, importance 4 of 5, ten minutes.* Equation (4), from vectors of any length, `image` and `text` (B, J), and a
-# number `scale`.
+# ### Further 01.5: contrast
+# *Difficulty 3 of 5, importance 4 of 5, ten minutes.* Equation (4), from vectors of any length, `image` and `text` (B,
+# J), and a number `scale`.
 
 
 # %% tags=["exercise"]
@@ -812,9 +833,10 @@ if sd is not None:
 # %% [markdown]
 # ## Where it lives in `ldm`
 #
-# `ldm/train/vocabulary.py` learns the pairs; `ldm/text/tokenizer.py` replays them (`Tokenizer._join`) and frames the ids;
-# `ldm/text/clip.py` holds both towers and `contrastive_loss`; `Pipeline.encode` joins them. The counterparts are transformers'
-# `CLIPTokenizer` and `CLIPTextModel`, which diffusers calls in each pipeline's `encode_prompt`. All of the tower's forward pass:
+# `ldm/train/vocabulary.py` learns the pairs; `ldm/text/tokenizer.py` replays them (`Tokenizer._join`) and frames the
+# ids; `ldm/text/clip.py` holds both towers and `contrastive_loss`; `Pipeline.encode` joins them. The counterparts are
+# transformers' `CLIPTokenizer` and `CLIPTextModel`, which diffusers calls in each pipeline's `encode_prompt`. All of
+# the tower's forward pass:
 
 # %%
 import inspect
@@ -822,8 +844,8 @@ import inspect
 print(inspect.getsource(clip.TextEncoder.forward))
 
 # %% [markdown]
-# **In short.** The UNet receives 77 vectors, whatever the sentence: bytes joined by frequency, looked up, and mixed by a
-# transformer that looks only back. They mean what training needed them to mean: contrast keeps what tells pictures apart, drawing
-# adds what has to be drawn. Stable Diffusion 1's encoder goes the same road with 12 layers, 768 channels, 49,408 pieces and
-# captions from the web; which of our findings hold there, row by row and layer by layer, has to be measured there. Next:
-# [02, pictures into latents](02_latents.ipynb).
+# **In short.** The UNet receives 77 vectors, whatever the sentence: bytes joined by frequency, looked up, and mixed by
+# a transformer that looks only back. They mean what training needed them to mean: contrast keeps what tells pictures
+# apart, and later training adds what has to be drawn. Stable Diffusion 1's encoder goes the same road with 12 layers,
+# 768 channels, 49,408 pieces and captions from the web; which of our findings hold there, row by row and layer by
+# layer, has to be measured there. Next: [02, pictures into latents](02_latents.ipynb).

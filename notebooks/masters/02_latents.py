@@ -3,12 +3,13 @@
 #
 # **Why paint at 16x16, and where does 0.18215 come from?**
 #
-# About 20 minutes to read, half a minute to run. Before it: [00](00_one_picture.ipynb). You will have taken a VAE apart,
-# measured what it loses, recomputed the factor that every latent is multiplied by, fitted the linear preview that shows a
-# latent without decoding it, and broken all of it in ways that people really break it.
+# About 20 minutes to read, half a minute to run. Before it: [00](00_one_picture.ipynb). You will have taken a VAE
+# apart, measured what it loses, recomputed the factor that every latent is multiplied by, fitted the linear preview
+# that shows a latent without decoding it, and broken all of it in ways that people really break it.
 
 # %%
 import copy
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from ldm.train.vae import Recipe, latent_scale, psnr
 pipe = ldm.load("scenes")
 vae = pipe.vae
 s = vae.config.scaling_factor
+print(f"the VAE has {sum(p.numel() for p in vae.parameters()):,} parameters")
 
 
 def tiny(image):
@@ -50,14 +52,14 @@ some = [Image.fromarray(scenes.render(scenes.sample(seed)).image) for seed in so
 there_and_back(pipe, some[:3])
 
 # %% [markdown]
-# The pictures in the last row went through 1,024 numbers each. The diffusion model never sees anything else: it paints 4
-# channels of 16x16, and the VAE's decoder makes 128x128 pixels of that.
+# The pictures in the last row went through 1,024 numbers each. The diffusion model never sees anything else: it paints
+# 4 channels of 16x16, and the VAE's decoder makes 128x128 pixels of that.
 #
 # ## Predict
 #
-# Commit yourself before you go on (nothing checks this). By how many decibels is the last row nearer to the first than the
-# middle one is? Three of the four channels follow the colours: what does the fourth do? And what happens to a picture if its
-# latent is mirrored left to right before it is decoded?
+# Commit yourself before you go on (nothing checks this). By how many decibels is the last row nearer to the first than
+# the middle one is? Three of the four channels follow the colours: what does the fourth do? And what happens to a
+# picture if its latent is mirrored left to right before it is decoded?
 
 # %%
 my_guess = {"decibels": None, "the fourth channel": None, "a mirrored latent": None}
@@ -65,8 +67,8 @@ my_guess = {"decibels": None, "the fourth channel": None, "a mirrored latent": N
 # %% [markdown]
 # ## Derive
 #
-# The encoder doesn't answer with a latent but with a distribution of latents, one Gaussian for each of the 1,024 numbers
-# (Kingma & Welling 2013, section 3):
+# The encoder doesn't answer with a latent but with a distribution of latents, one Gaussian for each of the 1,024
+# numbers (Kingma & Welling 2013, section 3):
 #
 # $$q(z \mid x) = \mathcal N\big(\mu(x),\ \mathrm{diag}\,\sigma^2(x)\big). \tag{1}$$
 #
@@ -87,8 +89,8 @@ my_guess = {"decibels": None, "the fourth channel": None, "a mirrored latent": N
 #
 # $$\mathrm{SNR} = \frac{\alpha^2\, \mathrm{Var}(x_0)}{\sigma_t^2}. \tag{4}$$
 #
-# Raw latents of an arbitrary VAE have an arbitrary variance. So they are divided by their standard deviation, measured once
-# over all numbers of many pictures (Rombach et al. 2022, appendix G); newer models subtract a mean $m$ before:
+# Raw latents of an arbitrary VAE have an arbitrary variance. So they are divided by their standard deviation, measured
+# once over all numbers of many pictures (Rombach et al. 2022, appendix G); newer models subtract a mean $m$ before:
 #
 # $$x_0 = (z - m) \cdot s, \qquad s = 1 / \mathrm{std}(z). \tag{5}$$
 #
@@ -122,8 +124,8 @@ with torch.no_grad():
 print(f"{tuple(x.shape)} -> {tuple(z.shape)}, bit for bit what ldm's VAE does; its s is {s}.")
 
 # %% [markdown]
-# Equation (3) we check against its own definition: draw from $q$, average $\log q - \log p$. (You will write the closed form
-# in exercise 02.2.)
+# Equation (3) we check against its own definition: draw from $q$, average $\log q - \log p$. (You will write the closed
+# form in exercise 02.2.)
 
 # %%
 normal, draws = torch.distributions.Normal, 200
@@ -140,8 +142,8 @@ for k in range(3):
 assert ((terms.mean(0) - closed).abs() < 5 * error).all()
 
 # %% [markdown]
-# And why (2) at all, when one can also differentiate a density? Because of the noise. Both ways estimate the same gradient,
-# here that of $\mathbb E\,(z-1)^2$ with respect to $\mu$, which is $2(\mu - 1)$:
+# And why (2) at all, when one can also differentiate a density? Because of the noise. Both ways estimate the same
+# gradient, here that of $\mathbb E\,(z-1)^2$ with respect to $\mu$, which is $2(\mu - 1)$:
 
 # %%
 mu, sigma, e = 0.5, 0.2, torch.randn(100_000, generator=torch.Generator().manual_seed(2))
@@ -173,9 +175,9 @@ for name, pixels, latent in (ours, theirs):
     assert numbers == 48 * kept and pixels**2 == 64 * places
 
 # %% [markdown]
-# So why 16x16? For the *work*, and there it is positions that count. PyTorch can count operations without doing them (the
-# `meta` device has shapes and no numbers): one run of our UNet on 16x16, and of the same UNet on 128x128, where it would
-# paint pixels. Convolutions grow with the number of positions, self-attention with its square.
+# So why 16x16? For the *work*, and there it is positions that count. PyTorch can count operations without doing them
+# (the `meta` device has shapes and no numbers): one run of our UNet on 16x16, and of the same UNet on 128x128, where it
+# would paint pixels. Convolutions grow with the number of positions, self-attention with its square.
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode
@@ -198,8 +200,9 @@ assert work[128] > 200 * work[16]
 # %% [markdown]
 # ### Four channels
 #
-# One scene's latent, and what becomes of pictures when one channel is taken away (set to its average over many pictures).
-# For those averages, and for the factor further down, we encode the first 256 pictures that the VAE was trained on.
+# One scene's latent, and what becomes of pictures when one channel is taken away (set to its average over many
+# pictures). For those averages, and for the factor further down, we encode the first 256 pictures that the VAE was
+# trained on.
 
 # %%
 first = np.stack([scenes.render(scenes.sample(seed)).image for seed in range(256)])
@@ -235,14 +238,15 @@ figures.pictures([row[1] for row in rows], labels, inches=1.2,
                  heading="Three channels hold colour, channel 2 the drawing")  # fmt: skip
 
 # %% [markdown]
-# Look at the car's windows and outline: without channel 2 the colours stay and the drawing goes. Nobody told the VAE to divide the work like that, and another training would share it out otherwise: which channel
-# does what is an accident, that a position's four numbers hold a colour *and* some structure is not.
+# Look at the car's windows and outline: without channel 2 the colours stay and the drawing goes. Nobody told the VAE to
+# divide the work like that, and another training would share it out otherwise: which channel does what is an accident,
+# that a position's four numbers hold a colour *and* some structure is not.
 #
 # ### What is lost
 #
-# Now 64 scenes whose combinations of thing, colour and place no training picture held. As a second measure of what 1,024
-# numbers can do, the best *linear* code: cut the picture into the same 8x8 cells, and keep of each cell's 192 numbers the 4
-# principal components, fitted on the 256 pictures. Same cells, same 48 : 1, no network.
+# Now 64 scenes whose combinations of thing, colour and place no training picture held. As a second measure of what
+# 1,024 numbers can do, the best *linear* code: cut the picture into the same 8x8 cells, and keep of each cell's 192
+# numbers the 4 principal components, fitted on the 256 pictures. Same cells, same 48 : 1, no network.
 
 # %%
 held = [scenes.render(scene) for scene in held_out(64)]
@@ -296,6 +300,7 @@ ax.set_xticks(range(6), groups)
 ax.set(ylabel="PSNR, dB", ylim=(0, 42))
 ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper right")
 gain = decibels["VAE, 1,024 numbers"] - decibels["linear code, 1,024"]
+assert 7 < gain < 9.5
 figures.title(fig, f"48 : 1 both: the network is {gain:.0f} dB better than the best linear code")
 figures.show(fig, "Bars: PSNR of three codes by style, inside things, near outlines: the VAE leads")
 
@@ -315,9 +320,7 @@ figures.pictures(row, ["true", "rebuilt", "error × 4"] * 2, inches=1.05,
                  heading=f"{100 * share:.0f} % of the error lies at outlines")  # fmt: skip
 
 # %% [markdown]
-# This is a ceiling. The UNet can paint no outline that the decoder can't draw. On 1,000 held-out scenes a checker named
-# 98.6 % of things in true pictures and 96.4 % in rebuilt ones (the model's card): before a single step of diffusion, two
-# things in a hundred are gone.
+# This is a ceiling. The UNet can paint no outline that the decoder can't draw.
 #
 # ### Mean or sample?
 #
@@ -357,8 +360,8 @@ print(f"KL: {nats.mean():.0f} nats a picture; in the loss times {weight:g}, "
 assert nats.min() > 2000 and weight * nats.mean() < l1 / 2
 
 # %% [markdown]
-# The V of this VAE is nearly a formality. Stable Diffusion's was trained with a like weight, about $10^{-6}$ (Rombach et al.
-# 2022, appendix G). With so little of it the latents don't become standard normal, and posteriors stay narrow.
+# The V of this VAE is nearly a formality. Stable Diffusion's was trained with a like weight, about $10^{-6}$ (Rombach
+# et al. 2022, appendix G). With so little of it the latents don't become standard normal, and posteriors stay narrow.
 # Why keep it, then? Without any penalty nothing would bound the latents' size: it is there against latent spaces of
 # arbitrarily high variance (section 3.1). To the eye, mean and sample are the same; training draws samples,
 # `vae.encode(image)` gives the mean.
@@ -383,12 +386,12 @@ class Rows:  # what ldm.train.vae calls for the same
 generator = torch.Generator().manual_seed(0)
 ours = means[:32] + deviations[:32] * torch.randn((32, 4, 16, 16), generator=generator)
 theirs = latent_scale(vae, Rows(), count=32)
+assert inspect.signature(latent_scale).parameters["count"].default == 1024
 assert abs(theirs * ours.std().item() - 1) < 1e-4, "equation (5) is what the training did"
 
 # %% [markdown]
-# Near, and not equal. Why? It is a statistic of *which* pictures and *how many*. The number in the file was measured over
-# 1,024 pictures (the default of `latent_scale`), ours over the first 256 of them; and the weights as they lie here were
-# rounded to half precision after it was measured.
+# Near, and not equal. Why? It is a statistic of *which* pictures and *how many*. The number in the file was measured
+# over 1,024 pictures (the default of `latent_scale`), ours over the first 256 of them.
 #
 # How many pictures does it take? We draw batches of every size from our 256.
 
@@ -434,14 +437,14 @@ for name, (factor, shift) in published.items():
     print(f"{name:22} factor {factor:<8} shift {shift:<7} 1 / factor {1 / factor:.2f}")
 
 # %% [markdown]
-# The last three are published numbers: Stable Diffusion's stands in CompVis' `v1-inference.yaml` (`scale_factor`), SDXL's in
-# Stability's `sd_xl_base.yaml`, FLUX's two in Black Forest Labs' `util.py`. CompVis' training code, with the option
-# `scale_by_std`, takes 1 over the standard deviation of *the first batch* and then keeps it; the figure above shows how
-# many of five digits such a number deserves. None of them is a constant of nature: each belongs to its VAE, and to the
-# pictures that it was measured on. A wrong digit does no harm as long as training and drawing agree on it.
+# The last three are published numbers: Stable Diffusion's stands in CompVis' `v1-inference.yaml` (`scale_factor`),
+# SDXL's in Stability's `sd_xl_base.yaml`, FLUX's two in Black Forest Labs' `util.py`. CompVis' training code, with the
+# option `scale_by_std`, takes 1 over the standard deviation of *the first batch* and then keeps it; the figure above
+# shows how many of five digits such a number deserves. None of them is a constant of nature: each belongs to its VAE,
+# and to the pictures that it was measured on. A wrong digit does no harm as long as training and drawing agree on it.
 #
-# And where is 0.18215 in `ldm`? Where a VAE's configuration is defined, as the default of diffusers' files that leave it out,
-# and nowhere else:
+# And where is 0.18215 in `ldm`? Where a VAE's configuration is defined, as the default of diffusers' files that leave
+# it out, and nowhere else:
 
 # %%
 from pathlib import Path
@@ -458,8 +461,8 @@ assert holders == ["models/vae.py"] and VAEConfig().scaling_factor == 0.18215
 # %% [markdown]
 # ### A picture of a latent without a decoder
 #
-# Three channels follow the colours, so a matrix might do for a preview: colour = (4 numbers and a 1) · $W$, fitted by least
-# squares to the mean colours of the cells. On the 256 pictures fitted, on the 64 others tried.
+# Three channels follow the colours, so a matrix might do for a preview: colour = (4 numbers and a 1) · $W$, fitted by
+# least squares to the mean colours of the cells. On the 256 pictures fitted, on the 64 others tried.
 
 
 # %%
@@ -484,6 +487,11 @@ print(np.array2string(W.numpy(), precision=2, suppress_small=True))
 fit, fit3 = r2(W, s * mean, x), r2(W3, s * mean, x, blind)
 print(f"R² on held-out pictures: {fit:.3f}; without channel 2: {fit3:.3f}")
 assert fit > 0.85 and fit - fit3 < 0.02
+with FlopCounterMode(display=False) as counter, torch.no_grad():
+    vae.decode(torch.zeros(1, 4, 16, 16))
+decode, linear = counter.get_total_flops(), 2 * W.numel() * 256
+print(f"operations: a decode {decode / 1e9:.1f} billion, the preview {linear:,}")
+assert decode > 1e9 > 1e4 > linear
 
 # %%
 preview = (with_one(s * mean[order]) @ W).view(-1, 16, 16, 3).movedim(-1, 1)  # (2, 3, 16, 16)
@@ -493,7 +501,7 @@ figures.pictures(row, ["decoded", "preview"] * 2, inches=1.05,
                  heading=f"Fifteen numbers explain {100 * fit:.0f} % of the colours")  # fmt: skip
 
 # %% [markdown]
-# A decode takes hundreds of millions of operations and this takes 15 a position. Every program that shows a picture growing
+# A decode takes billions of operations, this some thousands. Every program that shows a picture growing
 # does it like this; `trace.preview` fits its own $W$ to each run. What it can't show is what channel 2 holds: outlines.
 #
 # ### Is a latent a small picture?
@@ -512,8 +520,8 @@ figures.pictures(row, ["decoded", "latent moved", "mirrored"] * 2, inches=1.1,
                  heading="A latent can be moved, not mirrored")  # fmt: skip
 
 # %% [markdown]
-# Inside each cell the code has a direction: "the outline runs from here to there". Moving cells keeps it, mirroring them
-# does not. Whoever caches latents for training and flips *them* instead of the pictures teaches a model to draw
+# Inside each cell the code has a direction: "the outline runs from here to there". Moving cells keeps it, mirroring
+# them does not. Whoever caches latents for training and flips *them* instead of the pictures teaches a model to draw
 # broken pictures.
 #
 # Half-way between two latents, then? Cross-fading pictures gives a double exposure. Do latents give a morph?
@@ -527,8 +535,8 @@ print(f"the ends are {apart:.1f} dB from each other, the two ways to blend them 
 assert alike > apart + 10
 
 # %% [markdown]
-# A double exposure again (it stands in the figure below). Arithmetic works better, for the same dull reason: positions stay
-# positions. The blue house by day, minus the red one, plus the red one at night.
+# A double exposure again (it stands in the figure below). Arithmetic works better, for the same dull reason: positions
+# stay positions. The blue house by day, minus the red one, plus the red one at night.
 
 
 # %%
@@ -552,8 +560,8 @@ row = [fade[0], between[0], by_pixels[0], by_latents[0], terms[3][0]]
 figures.pictures(row, labels, heading="What latents can do here, pixels can", inches=1.2)
 
 # %% [markdown]
-# A VAE's latent knows colours and outlines of cells. It doesn't know what a house is: that knowledge, if anywhere, is in
-# the UNet and in the words.
+# A VAE's latent knows colours and outlines of cells. It doesn't know what a house is: that knowledge, if anywhere, is
+# in the UNet and in the words.
 #
 # ## Break it
 #
@@ -599,11 +607,11 @@ figures.pictures([column[2] for column in columns], labels, inches=1.1,
                  heading="One factor, four ways to get it wrong")  # fmt: skip
 
 # %% [markdown]
-# Each has its signature. Forgotten in decoding, everything is grey. A factor too small, as when a constant is copied from
-# another model, gives haloes and burnt colours. The two that matter are harder to see. *Nobody multiplies* passes every
-# round-trip test: in and out cancel, and only the UNet is handed latents of the wrong size. And *only encoding forgets*
-# looks like an improvement: its pictures are nearer to those given than the right ones are, because "strength 0.6" has
-# quietly become something less.
+# Each has its signature. Forgotten in decoding, everything is grey. A factor too small, as when a constant is copied
+# from another model, gives haloes and burnt colours. The two that matter are harder to see. *Nobody multiplies* passes
+# every round-trip test: in and out cancel, and only the UNet is handed latents of the wrong size. And *only encoding
+# forgets* looks like an improvement: its pictures are nearer to those given than the right ones are, because "strength
+# 0.6" has quietly become something less.
 
 # %%
 assert contrast["only decoding forgets"] < 0.75 * contrast["right"], "grey"
@@ -614,8 +622,8 @@ assert nearness["only encoding forgets"] > nearness["right"] + 0.3, "like an imp
 assert abs(spread_in["right"] - 1) < 0.03 and spread_in["nobody multiplies"] > 2
 
 # %% [markdown]
-# Equation (4) says what it has become. Raw latents have the variance $1/s^2$, so at every timestep the signal-to-noise ratio is
-# $1/s^2$ times what the UNet was trained for at that timestep, and its prediction is wrong accordingly.
+# Equation (4) says what it has become. Raw latents have the variance $1/s^2$, so at every timestep the signal-to-noise
+# ratio is $1/s^2$ times what the UNet was trained for at that timestep, and its prediction is wrong accordingly.
 
 # %%
 from ldm.schedules import alpha_bars
@@ -658,8 +666,9 @@ figures.show(fig, "SNR over timesteps for three scalings; the UNet's error, leas
 # %% [markdown]
 # ### Wrong before the VAE
 #
-# Two more faults that people really make, with signatures of their own: pictures in [0, 1] instead of [-1, 1], and the halves
-# of the encoder's output taken in the wrong order. And one that nobody can see: the variance in (2) in place of its root.
+# Two more faults that people really make, with signatures of their own: pictures in [0, 1] instead of [-1, 1], and the
+# halves of the encoder's output taken in the wrong order. And one that nobody can see: the variance in (2) in place of
+# its root.
 
 # %%
 given, raw, lv = given[:3], raw[:3], log_variances[six[:3]]
@@ -680,16 +689,16 @@ assert seen["pictures in [0, 1]"].quantile(0.01) > given.quantile(0.01) + 0.5, "
 assert seen["halves swapped"].std(0).mean() < 0.2 * given.std(0).mean(), "always the same picture"
 assert abs(psnr(seen["variance for σ"], given) - psnr(seen["right"], given)) < 0.1, "invisible"
 figures.pictures([column[2] for column in seen.values()], list(seen), inches=1.25,
-                 heading="Washed out; one purple for all; nothing to see")  # fmt: skip
+                 heading="Washed out; one colour for all; nothing to see")  # fmt: skip
 
 # %% [markdown]
-# The last column is the dangerous one: with posteriors this narrow no picture shows it. Only a test of numbers does; exercise
-# 02.3 is one.
+# The last column is the dangerous one: with posteriors this narrow no picture shows it. Only a test of numbers does;
+# exercise 02.3 is one.
 #
 # ### Decode noise
 #
-# A VAE is called a generative model: draw from the prior, decode. Try it, with noise of the right spread, and with a true
-# latent whose positions are shuffled.
+# A VAE is called a generative model: draw from the prior, decode. Try it, with noise of the right spread, and with a
+# true latent whose positions are shuffled.
 
 # %%
 generator = torch.Generator().manual_seed(6)
@@ -711,9 +720,9 @@ figures.pictures([rebuilt(code[:1])[0] for code in rows.values()], list(rows), i
                  heading="Noise decodes to stained glass")  # fmt: skip
 
 # %% [markdown]
-# The spread can be right to the last digit and there is still no picture: the *arrangement* is what is missing, and to learn
-# it is the diffusion model's whole work. (The KL term that would make the prior an honest one was given a weight of a
-# millionth.)
+# The spread can be right to the last digit and there is still no picture: the *arrangement* is what is missing, and to
+# learn it is the diffusion model's whole work. (The KL term that would make the prior an honest one was given a weight
+# of a millionth.)
 #
 # ### Once more, and once more
 #
@@ -740,8 +749,9 @@ figures.pictures([each[0] for each in kept], ["given", "1", "4", "8", "16 trips"
 # ## Your turn
 #
 # ### Exercise 02.1: count it
-# *Difficulty 1 of 5, importance 3 of 5, five minutes.* A VAE makes `factor` x `factor` RGB pixels one position of `channels`
-# numbers. Return two ratios, picture to latent: of numbers, and of bits, if a colour has 8 bits and a latent's number `bits`.
+# *Difficulty 1 of 5, importance 3 of 5, five minutes.* A VAE makes `factor` x `factor` RGB pixels one position of
+# `channels` numbers. Return two ratios, picture to latent: of numbers, and of bits, if a colour has 8 bits and a
+# latent's number `bits`.
 
 
 # %% tags=["exercise"]
@@ -756,8 +766,8 @@ ldm.check("02.1", compression)
 
 # %% [markdown]
 # ### Exercise 02.2: the divergence
-# *Difficulty 2 of 5, importance 4 of 5, ten minutes.* Equation (3) from what the encoder gives: `mean` and `log_variance`,
-# each (B, C, h, w). One number a picture, (B,).
+# *Difficulty 2 of 5, importance 4 of 5, ten minutes.* Equation (3) from what the encoder gives: `mean` and
+# `log_variance`, each (B, C, h, w). One number a picture, (B,).
 
 
 # %% tags=["exercise"]
@@ -771,9 +781,9 @@ ldm.check("02.2", kl)
 
 # %% [markdown]
 # ### Exercise 02.3: draw a latent
-# *Difficulty 2 of 5, importance 5 of 5, five minutes.* From the encoder's raw output `moments` (B, 8, h, w), means before
-# log-variances, and noise `eps` (B, 4, h, w): a sample of the posterior. Keep log-variances in [-30, 20], as every file
-# of this kind expects.
+# *Difficulty 2 of 5, importance 5 of 5, five minutes.* From the encoder's raw output `moments` (B, 8, h, w), means
+# before log-variances, and noise `eps` (B, 4, h, w): a sample of the posterior. Keep log-variances in [-30, 20], as
+# every file of this kind expects.
 
 
 # %% tags=["exercise"]
@@ -788,8 +798,9 @@ ldm.check("02.3", sample)
 
 # %% [markdown]
 # ### Exercise 02.4: the factor, without drawing
-# *Difficulty 3 of 5, importance 5 of 5, ten minutes.* The factor of equation (5) for *samples* of posteriors, exactly, from
-# `mean` and `log_variance` (B, C, h, w) alone. (A variance splits in two: that of the means, and the mean of the variances.)
+# *Difficulty 3 of 5, importance 5 of 5, ten minutes.* The factor of equation (5) for *samples* of posteriors, exactly,
+# from `mean` and `log_variance` (B, C, h, w) alone. (A variance splits in two: that of the means, and the mean of the
+# variances.)
 
 
 # %% tags=["exercise"]
@@ -803,9 +814,9 @@ def scaling_factor(mean, log_variance):
 ldm.check("02.4", scaling_factor)
 
 # %% [markdown]
-# ### Exercise 02.5: FLUX's two numbers
-# *Difficulty 1 of 5, importance 4 of 5, five minutes.* Equation (5) with a shift, both ways: what becomes of the raw latent
-# `z` for the diffusion model, and what becomes of its `x0` for the decoder. Return the two.
+# ### Further 02.5: FLUX's two numbers
+# *Difficulty 1 of 5, importance 4 of 5, five minutes.* Equation (5) with a shift, both ways: what becomes of the raw
+# latent `z` for the diffusion model, and what becomes of its `x0` for the decoder. Return the two.
 
 
 # %% tags=["exercise"]
@@ -818,9 +829,10 @@ def there_and_back_again(z, x0, factor, shift):
 ldm.check("02.5", there_and_back_again)
 
 # %% [markdown]
-# ### Exercise 02.6: fit a preview
+# ### Further 02.6: fit a preview
 # *Difficulty 3 of 5, importance 3 of 5, fifteen minutes.* From latents `x0` (B, 4, h, w) and pictures (B, 3, 8h, 8w) in
-# [-1, 1], the matrix (5, 3) that gives a cell's mean colour from its four numbers and a 1 behind them, by least squares.
+# [-1, 1], the matrix (5, 3) that gives a cell's mean colour from its four numbers and a 1 behind them, by least
+# squares.
 
 
 # %% tags=["exercise"]
@@ -838,12 +850,12 @@ ldm.check("02.6", fit_preview)
 # %% [markdown]
 # ## The same on a real model
 #
-# The function from the beginning, and equation (5), on Stable Diffusion 1.5. Its VAE learned from photographs; put some of
-# yours into `photographs`, and see how near to 0.18215 you come. Scenes like ours are not what it was measured on.
+# The function from the beginning, and equation (5), on Stable Diffusion 1.5. Its VAE learned from photographs; put some
+# of yours into `photographs`, and see how near to 0.18215 you come. Scenes like ours are not what it was measured on.
 #
-# What is a toy here: a VAE of 2.7 million parameters, trained on drawings with an L1 loss, where Stable Diffusion's had a
-# perceptual and an adversarial loss besides. What carries over: the shapes and 48 : 1, the tiny KL weight, the recipe of the
-# factor, and what forgetting it looks like. What does not: the decibels, which channel does what, and 0.41214.
+# What is a toy here: a small VAE, trained on drawings with an L1 loss, where Stable Diffusion's had a perceptual and an
+# adversarial loss besides. What carries over: the shapes and 48 : 1, the tiny KL weight, the recipe of the factor, and
+# what forgetting it looks like. What does not: the decibels, which channel does what, and 0.41214.
 
 # %% tags=["real-model"]
 photographs = []  # paths of pictures of your own
@@ -861,19 +873,18 @@ if sd is not None:
 # %% [markdown]
 # ## Where it lives in `ldm`
 #
-# `ldm/models/vae.py` holds the whole VAE, with the Gaussian of (1) to (3) as a pair of tensors; `encode` and `decode` speak
-# the diffusion model's latents, `posterior` and `reconstruct` the raw ones, so that (5) stands in two lines and no caller
-# multiplies by anything. `ldm/train/vae.py` trains it and measures the factor. In diffusers, `AutoencoderKL` speaks raw latents
-# alone, and each pipeline multiplies and divides by `vae.config.scaling_factor` itself: that is how it gets forgotten.
+# `ldm/models/vae.py` holds the whole VAE, with the Gaussian of (1) to (3) as a pair of tensors; `encode` and `decode`
+# speak the diffusion model's latents, `posterior` and `reconstruct` the raw ones, so that (5) stands in two lines and
+# no caller multiplies by anything. `ldm/train/vae.py` trains it and measures the factor. In diffusers, `AutoencoderKL`
+# speaks raw latents alone, and each pipeline multiplies and divides by `vae.config.scaling_factor` itself: that is how
+# it gets forgotten.
 
 # %%
-import inspect
-
 for each in (Gaussian, VAE.encode, VAE.decode):
     print(inspect.getsource(each))
 
 # %% [markdown]
-# **In short.** Four numbers for 8x8 pixels: 48 to 1, and a network makes 8 dB more of them than the best matrix. The noise
-# schedule expects data of spread 1, so latents are divided by theirs; 0.18215 is such a measured spread, turned over, and
-# every VAE has its own. A latent is a code laid out like a picture, not a small picture. Next:
-# [03, noise and the perfect denoiser](03_noise.ipynb).
+# **In short.** Four numbers for 8x8 pixels: 48 to 1, and a network makes 8 dB more of them than the best matrix. The
+# noise schedule expects data of spread 1, so latents are divided by theirs; 0.18215 is such a measured spread, turned
+# over, and every VAE has its own. A latent is a code laid out like a picture, not a small picture. Next: [03, noise and
+# the perfect denoiser](03_noise.ipynb).

@@ -688,7 +688,7 @@ def split(r, s, eta):
 ldm.check("07.4", split)
 
 # %% [markdown]
-# ### Exercise 07.5: Karras' levels
+# ### Further 07.5: Karras' levels
 # *Difficulty 2 of 5, importance 4 of 5, ten minutes.* `n` levels from `most` down to `least`, both included, whose `rho`-th roots are
 # evenly spaced; then a zero: n + 1 numbers.
 
@@ -704,7 +704,7 @@ def karras(n, most, least, rho):
 ldm.check("07.5", karras)
 
 # %% [markdown]
-# ### Exercise 07.6: read an order off
+# ### Further 07.6: read an order off
 # *Difficulty 1 of 5, importance 4 of 5, five minutes.* `steps` is a list of growing numbers of steps (not always doubled), `errors`
 # what each left. Return the order between every two neighbours: one number fewer than there are errors.
 

@@ -52,7 +52,7 @@ def four_starts(pipe, photo, hole, told, words, seed=9, steps=20):
     labels = ["given", "from noise", "from the picture", "in a hole of it", "from its own noise"]
     row = [photo, *(result.images[0] for result in drawn)]
     heading = f"“{words}”: one loop, four starts"
-    return figures.pictures(row, labels, heading=heading, inches=1.35)
+    return figures.pictures(row, labels, heading=heading, inches=1.2)
 
 
 four_starts(pipe, photo, hole, told, words)
@@ -265,7 +265,7 @@ shown = (2, 4)
 grid = [[ladder[s][k] for s in ladder] for k in shown]
 side = [f"“{new[k].things[0].color}\n{new[k].things[0].kind},\n{new[k].time}”" for k in shown]
 heading = "From the picture to the sentence, strength by strength"
-figures.pictures(grid, [f"strength {s}" for s in ladder], side, heading, inches=1.15)
+figures.pictures(grid, [f"strength {s}" for s in ladder], side, heading, inches=1.1)
 
 # %%
 readings, follows = [read(images) for images in ladder.values()], {}
@@ -274,7 +274,7 @@ for question, name in asked.items():
     follows[name] = [np.mean([a[question] == b for a, b in zip(seen, true)]) for seen in readings]
 order = sorted(follows, key=lambda name: -sum(follows[name]))
 
-fig, ax = figures.canvas(6.0, 3.0)
+fig, ax = figures.canvas(5.6, 2.7)
 for name, mark in zip(order, "os^vDP"):
     ax.plot(list(ladder), [100 * share for share in follows[name]], mark + "-", label=name)
 ax.set(xlabel="strength", ylabel="as the sentence says, %", ylim=(-3, 103))
@@ -385,12 +385,12 @@ rest = [outcome[name, 1.0][1] for name in starts]
 assert outcome["its own noise", 1.0][0] >= 0.9 and rest[1] < 0.5 * rest[0]
 
 # %%
-chosen = [(name, s) for name in starts for s in (0.6, 1.0)]
+chosen = [("drawn noise", 0.6), ("drawn noise", 1.0), ("its own noise", 1.0)]
 grid = [[plain[k], *(images[each][k] for each in chosen)] for k in (3, 0)]
 labels = ["given", *(f"{name}, {s}" for name, s in chosen)]
 side = [f"{color_of[k]} to {wanted_colors[color_of[k]]}" for k in (3, 0)]
 heading = f"From its own noise the rest changes {rest[0] / rest[1]:.1f} times less, at strength 1"
-figures.pictures(grid, labels, side, heading=heading, inches=1.1)
+figures.pictures(grid, labels, side, heading=heading, inches=1.15)
 
 # %% [markdown]
 # Even at strength 1, where drawn noise has forgotten the picture, its own noise still knows where everything was: DDIM is a
@@ -416,7 +416,7 @@ print("the checker reads:", ", ".join(found[:3]))
 assert changed(result.images, [photo] * len(tries), outside) == 0 and found[:3] == things
 labels = ["given", "the mask", *things, "nothing"]
 heading = "White is drawn anew, and black is the original, bit for bit"
-figures.pictures([photo, hole.convert("RGB"), *result.images], labels, (), heading, inches=1.15)
+figures.pictures([photo, hole.convert("RGB"), *result.images], labels, (), heading, inches=1.05)
 
 # %% [markdown]
 # Pasting has its price: where the autoencoder's colours differ from the original's, the mask's border can be seen. Tools
@@ -501,10 +501,10 @@ def seam(images):
 seams = {"the picture": seam(pipe.decode(latents)), **{k: seam(v) for k, v in halves.items()}}
 print(*(f"{name}: {found:.1f}" for name, found in seams.items()), sep="\n")
 assert seams["at the end"] > 1.5 * seams["every step (3)"] > 1.5 * seams["the picture"]
-assert seams["resampled"] < 0.85 * seams["every step (3)"]
+assert max(seams["resampled"], seams["clean"]) < 0.9 * seams["every step (3)"]
 
 # %%
-chosen = (5, 2)
+chosen = (5, 0)
 grid = [[Image.fromarray(scenes.render(scenery[k]).image) for k in chosen]]
 grid = [list(row) for row in zip(*grid, *([found[k] for k in chosen] for found in halves.values()))]
 side = [short[k].removeprefix("a ").replace(" ", "\n") for k in chosen]
@@ -533,7 +533,7 @@ beyond = [pipe(text, **same).images[0] for text in (told, "grass at dawn with mo
 assert all(np.array_equal(np.asarray(each)[:, 64:192], truth.image) for each in beyond)
 
 
-def wide_pictures(images, labels, heading, size=(5.6, 1.8)):
+def wide_pictures(images, labels, heading, size=(5.2, 1.7)):
     fig, axes = figures.canvas(*size, columns=len(images))
     for ax, image, label in zip(np.atleast_1d(axes), images, labels):
         ax.imshow(image)
@@ -576,8 +576,8 @@ for name, images in rows.items():
     alone[name] = sum(each["right kind"] == "nothing" for each in there)
     print(f"{name:12} sharpness {sharp[name]:.2f}, one thing alone in {alone[name]} of 3")
 assert alone["192 at once"] < alone["and refined"] and sharp["and refined"] > sharp["enlarged"]
-columns = [[rows[name][k] for name in names] for k in range(2)]
-figures.pictures(columns, names, heading="At once: several; refined: one", inches=1.2)
+row = [rows[name][1] for name in names]
+figures.pictures(row, names, heading="At once: several; enlarged and refined: one", inches=1.5)
 
 # %% [markdown]
 # One thing, in its place, and somewhat sharper: that is the fix. What it can't do is change what the model knows. No house of
@@ -618,7 +618,7 @@ for hour, each in zip(hours, read(crops)):
     print(f"told {hour:7} seen {each['time']:7} {each['left color']:6} {each['left kind']}")
 assert [each["left kind"] for each in read(crops)] == ["house", "tree", "house", "tree"]
 assert [each["left color"] for each in read(crops)] == ["red", "green", "blue", "purple"]
-wide_pictures([day], [""], "A day in one picture: four sentences, one latent", size=(6.4, 2.3))
+wide_pictures([day], [""], "A day in one picture: four sentences, one latent", size=(6.0, 2.2))
 
 # %% [markdown]
 # ## Break it
@@ -651,10 +651,10 @@ for name, start in faults.items():
           f" {moved:4.1f} grey levels changed")  # fmt: skip
 
 # %%
-labels = ["right", "too much noise", "no noise", "not scaled", "SD's factor"]
-grid = [[images[k] for images in broken.values()] for k in (2, 4)]
+labels = ["right", "too much noise", "no noise", "not scaled"]
+grid = [[broken[name][k] for name in list(broken)[:4]] for k in (2, 4)]
 heading = "Too much noise becomes clouds; none goes unseen"
-figures.pictures(grid, labels, (), heading, inches=1.1)
+figures.pictures(grid, labels, (), heading, inches=1.0)
 
 # %%
 reference = numbers["right"]
@@ -678,10 +678,9 @@ assert numbers["no noise"][2] < 1.5 * reference[2] and numbers["no noise"][1] > 
 inverted = Image.fromarray(255 - white)
 same = {"image": photo, "steps": 12, "sampler": "ddim", "guidance": 4, "seed": 3, "paste": False}
 inside, outside = [white >= 128], [white < 128]
-rows = {
-    name: pipe(tries[0], mask=m, **same).images
-    for name, m in (("right", hole), ("inverted", inverted))
-}
+rows = {}
+for name, m in (("right", hole), ("inverted", inverted)):
+    rows[name] = pipe(tries[0], mask=m, **same).images
 for name, images in rows.items():
     moved = [changed(images, [photo], where) for where in (inside, outside)]
     print(f"{name:9} changed inside {moved[0]:5.1f}, outside {moved[1]:5.1f}")
@@ -788,9 +787,8 @@ if sd is not None:
 
 # %% [markdown]
 # What carries over: the loop, to the letter. What doesn't: which strength changes what, for our model draws from 4×16×16
-# numbers and a real one from 4×64×64, and its captions don't name all that a picture shows. Nor the forgiveness: a model
-# this small, of a world this regular, mends starts that would ruin a photograph. Inversion is mostly run with 50 steps there
-# (Mokady et al. 2023).
+# numbers and a real one from 4×64×64, and its captions don't name all that a picture shows. Nor should one count on the same
+# forgiveness: this model is small, and its world regular. Inversion is mostly run with 50 steps there (Mokady et al. 2023).
 #
 # ## Where it lives in `ldm`
 #

@@ -143,7 +143,7 @@ FRAME = Exercise(
     frame,
     calling(*PROMPTS),
     {
-        "a long prompt loses its end token: cut the words to length - 2 first, then put begin and end around them.":
+        "a long prompt loses its end token: leave room for begin and end before you cut.":
             lambda ids, begin, end, pad, length: filled([begin, *ids, end], pad, length)[:length],
         "a long prompt becomes longer than `length`: the words have to be cut.":
             lambda ids, begin, end, pad, length: filled([begin, *ids, end], pad, length),
