@@ -43,6 +43,7 @@ BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
 MOST_BYTES = 500_000  # of a generated notebook
 MOST_CELL, MOST_NOTEBOOK = 60, 300  # seconds, on two cores
 STAND_INS = {"LDM_SD15": "scenes", "LDM_SD15_CANNY": "scenes-canny"}  # variable: an embedded model
+FORMATTER = re.compile(r"  # fmt: \w+$", re.MULTILINE)  # remarks to a tool, not to a reader
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
@@ -116,7 +117,7 @@ def view(master: Path, student: bool) -> NotebookNode:
     for cell in book.cells:
         if cell.cell_type == "code":
             try:
-                cell.source = change(cell.source)
+                cell.source = FORMATTER.sub("", change(cell.source))
             except ValueError as error:
                 raise SystemExit(f"{master.name}: {error}, in the cell that begins {cell.source[:60]!r}") from None
         elif student:  # it lies one folder deeper, beside the other students' views

@@ -92,6 +92,7 @@ def export(master: Path, grader: str, folder: Path) -> Path:
     book.cells.insert(1, new_code_cell(build.INSTALL))
     {"otter": for_otter, "nbgrader": for_nbgrader}[grader](book, master.stem)
     for k, cell in enumerate(book.cells):
+        cell.source = build.FORMATTER.sub("", cell.source)
         cell["id"] = f"cell-{k:03d}"
     book.metadata = NotebookNode({"kernelspec": build.KERNEL, "language_info": {"name": "python"}})
     book.nbformat, book.nbformat_minor = 4, 5

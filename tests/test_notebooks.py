@@ -71,6 +71,7 @@ def test_code_fits_the_page_and_needs_nothing_but_ldm(build, name):
     for cell in build.view(ROOT / "notebooks" / "masters" / f"{name}.py", False).cells:
         if cell.cell_type == "code":
             assert max(map(len, cell.source.split("\n"))) <= 100, cell.source
+            assert "# fmt:" not in cell.source
             assert not re.search(r"\b(import|from) (diffusers|transformers|requests|urllib)", cell.source), cell.source
 
 

@@ -43,8 +43,9 @@ class Shown:
     def __repr__(self) -> str:
         return f"<figure: {self.alt}>"
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        return {self.mime: self.data, "text/plain": repr(self)}
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
+        """Data and metadata: nbconvert's pages take the alt text from there."""
+        return {self.mime: self.data, "text/plain": repr(self)}, {self.mime: {"alt": self.alt}}
 
 
 def canvas(width: float = 7.2, height: float = 3.2, rows: int = 1, columns: int = 1, **ratios) -> tuple:
@@ -72,12 +73,12 @@ def tidy(ax: "Axes") -> None:
 
 def title(fig: "Figure", text: str) -> None:
     """What the figure shows, said as a sentence above it."""
-    lines = textwrap.fill(text, max(int(11 * fig.get_figwidth()), 20))  # bold letters of this size: 11 an inch
+    lines = textwrap.fill(text, max(int(9.5 * fig.get_figwidth()), 20))  # bold letters of this size: 9.5 an inch
     fig.suptitle(lines, x=0.01, ha="left", fontsize=11.5, fontweight="bold", color=INK, family=FONT)
 
 
-def show(fig: "Figure", alt: str, photographic: bool = False) -> Shown:
-    """End a figure. Plots become PNG with few colours, `photographic` ones JPEG: either is a few dozen kB."""
+def show(fig: "Figure", alt: str, photographic: bool = False, colors: int = 128) -> Shown:
+    """End a figure. Plots become PNG with few `colors`, `photographic` ones JPEG: either is a few dozen kB."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     agg = FigureCanvasAgg(fig)
@@ -86,7 +87,7 @@ def show(fig: "Figure", alt: str, photographic: bool = False) -> Shown:
     if photographic:
         image.save(file, "JPEG", quality=88, optimize=True)
         return Shown(file.getvalue(), "image/jpeg", alt)
-    image.quantize(128, method=Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)
+    image.quantize(colors, method=Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)
     return Shown(file.getvalue(), "image/png", alt)
 
 

@@ -29,7 +29,9 @@ def poster(pipe: Pipeline, trace: Trace, took: Mapping[str, float]) -> Shown:
     unet_half(ax, pipe, trace, took)
     picture_half(ax, pipe, trace, took)
     title(fig, f"“{trace.settings.prompt[0]}”: six boxes, and what they hand on")
-    return show(fig, "Sentence, tokens, vectors, UNet, sampler, latent, decoder, picture, with their shapes")
+    return show(
+        fig, "Sentence, tokens, vectors, UNet, sampler, latent, decoder, picture, with their shapes", colors=256
+    )
 
 
 def box(ax: "Axes", x: float, y: float, number: int, text: str, color: str) -> None:

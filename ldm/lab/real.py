@@ -42,7 +42,7 @@ def real_controlnet(name: str, pipe: "Pipeline | None") -> object | None:
     """A real ControlNet for `pipe`, or None, as `real`."""
     from ldm.loading import load_controlnet
 
-    return or_say(name, lambda folder: load_controlnet(folder, pipe)) if pipe is not None else None
+    return or_say(name, lambda folder: load_controlnet(folder, pipe) if pipe is not None else None)
 
 
 def or_say(name: str, load: Callable) -> object | None:

@@ -27,7 +27,6 @@ from ldm.settings import Settings
 from ldm.text.tokenizer import END, Tokenizer
 
 if TYPE_CHECKING:
-    from ldm.lab.page import Stepper
     from ldm.pipeline import Pipeline
 
 
@@ -133,7 +132,7 @@ class Trace:
             there = "one picture, number 0" if count == 1 else f"the pictures 0 to {count - 1}"
             raise LDMError(f"The run drew {there}: it has no picture {picture!r}.")
 
-    def show(self, other: "Trace | None" = None, picture: int = 0, other_picture: int | None = None) -> "Stepper":
+    def show(self, other: "Trace | None" = None, picture: int = 0, other_picture: int | None = None) -> object:
         """The stepper in a notebook, beside that of another trace if one is given (`ldm.lab.page.show`).
 
         `show(picture=0, other_picture=1)` puts two pictures of one batch side by side.

@@ -111,7 +111,8 @@ print("Twelve lines and the pipeline draw the same picture, bit for bit.")
 # ### Step through it
 #
 # `pipe.trace` is the same call as `pipe(...)`, and keeps what happened. Drag the slider, or press the arrow keys: the latent, what
-# the UNet takes the picture to be, and what each word looked at. Touch a word to see its map.
+# the UNet takes the picture to be, and what each word looked at. Touch a word to see its map. (Where
+# pictures stand in the slider's place: run the cell, or trust the notebook.)
 
 # %%
 trace = pipe.trace(prompt, seed=7, steps=10, sampler="ddim")

@@ -918,7 +918,9 @@ import inspect
 from ldm.models.blocks import ResnetBlock
 
 print(inspect.getsource(ResnetBlock.forward))
-print(inspect.getsource(UNet.forward).split('"""')[-1])
+print(
+    "    def forward(...):  # of the UNet\n" + inspect.getsource(UNet.forward).split('"""')[-1][1:]
+)
 
 # %% [markdown]
 # **In short.** The time is shown as a row of clocks, and added as one number a channel between the two convolutions of

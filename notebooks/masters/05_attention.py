@@ -53,7 +53,7 @@ my_guess = {"share that lies on the thing": None, "best layers": None}
 # ## Derive
 #
 # A position of the picture has a feature vector $x_i$; token $j$ of the text has a vector $c_j$. Three matrices turn them into
-# a *query*, a *key* and a *value*: $q_i = W_q x_i$, $k_j = W_k c_j$, $v_j = W_v c_j$. The position looks at the tokens in
+# a *query*, a *key* and a *value*: $q_i = W_q x_i,\ k_j = W_k c_j,\ v_j = W_v c_j$. The position looks at the tokens in
 # proportion to how well key and query agree, and takes the values in these proportions (Vaswani et al. 2017, equation 1):
 #
 # $$A_{ij} = \frac{\exp(q_i \cdot k_j / \sqrt d)}{\sum_{j'} \exp(q_i \cdot k_{j'} / \sqrt d)}, \tag{1}$$
@@ -185,7 +185,8 @@ figures.show(
 # %%
 fine = [k for k, each in enumerate(layers) if each.size[0] >= 8]
 coarse = [k for k, each in enumerate(layers) if each.size[0] < 8]
-print(f"t = {level.t:g}, averaged: {together}, chance {chance:.2f}")
+both = f"things {together['kind']:.2f}, colours {together['color']:.2f}"
+print(f"t = {level.t:g}, averaged over the layers: {both}, chance {chance:.2f}")
 print(f"coarse layers, the best: {max(by_layer['kind'][k] for k in coarse):.2f}")
 assert together["kind"] > 0.7 and together["color"] > 0.7 and chance < 0.12
 assert max(by_layer["kind"][k] for k in coarse) < 0.3 < max(by_layer["kind"][k] for k in fine)
@@ -211,13 +212,14 @@ t = [level.t for level in levels]
 ax.plot(t, curve["kind"], "o-", label="word for the thing")
 ax.plot(t, curve["color"], "o-", label="word for its colour", color=figures.COLORS[1])
 ax.axhline(chance, color=figures.QUIET, lw=1, ls="--")
-ax.set(
-    xlim=(1000, 0), ylim=(0, 1), xlabel="timestep (noise on the left)", ylabel="share on the thing"
-)
+ax.text(500, chance + 0.03, "dashed: chance", ha="center", fontsize=8, color=figures.QUIET)
+ax.set(xlim=(1000, -30), ylim=(0, 1))
+ax.set(xlabel="timestep (noise on the left)", ylabel="share on the thing")
 ax.legend(frameon=False, fontsize=8)
 figures.title(fig, f"Already at t = {t[0]:g} the words know their places")
-for what, line in curve.items():
-    print(what, " ".join(f"{value:.2f}" for value in line))
+print("timestep", "".join(f"{each:6.0f}" for each in t))
+for what, line in {"things": curve["kind"], "colours": curve["color"]}.items():
+    print(f"{what:8}", "".join(f"{value:6.2f}" for value in line))
 assert min(curve["kind"][0], curve["color"][0]) > 4 * chance
 assert curve["kind"][-1] > curve["kind"][0] and curve["color"][-1] > curve["color"][0]
 figures.show(fig, "The score of both kinds of words rises as the noise falls")

@@ -133,6 +133,8 @@ STEP = Exercise(
             lambda x, eps, level, after: (x - level.sigma * eps) / level.alpha,
         "both lines are at one level, so nothing happens: `level` belongs into the first, `after` into the second.":
             lambda x, eps, level, after: ddim_step(x, eps, level, level),
+        "the noise that is mixed in again is that of `level`; at the next level there is less of it.":
+            lambda x, eps, level, after: ddim_step(x, eps, level, Level(0, 0, after.alpha, level.sigma)),
         "`level` and `after` are swapped: x lies at `level`, and x0 is solved for there.":
             lambda x, eps, level, after: ddim_step(x, eps, after, level),
         "alpha and sigma are the wrong way round: alpha is the picture's share, sigma the noise's.":

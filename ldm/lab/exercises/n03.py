@@ -221,7 +221,7 @@ def nearly_clean(generator):
 
 
 IDEAL = Exercise(
-    "ideal(x, alpha, sigma, data)",
+    "my_ideal(x, alpha, sigma, data)",
     ideal,
     calling(in_the_fog(0.6, (4, 2, 2), 0.5), in_the_fog(0.9, (4, 2, 2), 0.25), nearly_clean),
     {

@@ -154,7 +154,7 @@ def wide_f1(found, wanted):
 
 
 EDGES = Exercise(
-    "edge_f1(found, wanted)",
+    "my_edge_f1(found, wanted)",
     edge_f1,
     calling(lines),
     {
