@@ -25,9 +25,9 @@ from PIL import Image
 from ldm.errors import LDMError
 from ldm.io.atomic import atomic_file
 from ldm.lab.shown import MAGMA, SHADE, Shown, levels_of, place, read
-from ldm.lab.trace import Trace
 
 if TYPE_CHECKING:
+    from ldm.lab.trace import Trace
     from ldm.schedules import Level
     from ldm.settings import Settings
 
@@ -50,7 +50,7 @@ class Stepper:
         return {"text/html": self.html, "image/jpeg": picture, "text/plain": repr(self)}
 
 
-def show(trace: Trace, other: Trace | None = None, picture: int = 0, other_picture: int | None = None) -> Stepper:
+def show(trace: "Trace", other: "Trace | None" = None, picture: int = 0, other_picture: int | None = None) -> Stepper:
     """The stepper for a notebook. A place that shows no HTML shows the pictures of the steps.
 
     other            a second run beside it
@@ -65,7 +65,7 @@ def show(trace: Trace, other: Trace | None = None, picture: int = 0, other_pictu
     if other is None:
         runs = [read(trace, picture)]
         return Stepper(runs, compose(runs, [trace], [picture]))
-    if not isinstance(other, Trace):
+    if not isinstance(other, type(trace)):
         raise LDMError(
             f"other is a second run, a Trace (pipe.trace), not a thing of type {type(other).__name__}: a picture of "
             "a batch is chosen by its number, such as picture=1."
@@ -77,9 +77,9 @@ def show(trace: Trace, other: Trace | None = None, picture: int = 0, other_pictu
 
 
 def write(
-    trace: Trace,
+    trace: "Trace",
     path: str | Path,
-    other: Trace | None = None,
+    other: "Trace | None" = None,
     picture: int = 0,
     other_picture: int | None = None,
 ) -> None:
@@ -104,7 +104,7 @@ def source(name: str) -> str:
 # ------------------------------------------------------------------------------------------ the piece of HTML
 
 
-def compose(runs: Sequence[Shown], traces: Sequence[Trace], pictures: Sequence[int]) -> str:
+def compose(runs: Sequence[Shown], traces: Sequence["Trace"], pictures: Sequence[int]) -> str:
     """The pictures that stand where scripts are blocked, and the script that takes their place: a piece of HTML that
     needs nothing from elsewhere, and disturbs nothing around it.
     """
