@@ -363,3 +363,16 @@ def test_nbgrader_finds_an_answer_to_clear_and_a_locked_check_with_a_point(expor
 def test_an_exercise_without_its_check_is_refused(export):
     with pytest.raises(SystemExit, match="An exercise's cell must end with its check: 'y'"):
         export.parts(new_code_cell("x\ny"))
+
+
+def test_the_instructors_page_adds_the_cards_up():
+    """Minutes of exercises: 25 for 00 and 06, 55 for 04, as said there."""
+    words = {"five": 5, "ten": 10, "fifteen": 15}
+    minutes = {}
+    for name in NAMES:
+        text = (ROOT / "notebooks" / "masters" / f"{name}.py").read_text(encoding="utf-8").replace("\n# ", " ")
+        minutes[name[:2]] = sum(words[each] for each in re.findall(r"importance \d of 5, (\w+) minutes", text))
+    assert minutes["00"] == minutes["06"] == min(minutes.values()) == 25
+    assert minutes["04"] == max(minutes.values()) == 55
+    page = (ROOT / "notebooks" / "INSTRUCTORS.md").read_text(encoding="utf-8")
+    assert "exercises take 25 minutes (00, 06) to 55 (04)" in page and "<!--" not in page
