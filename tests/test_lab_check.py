@@ -142,6 +142,7 @@ def test_answers_of_other_kinds_are_compared_too():
     assert judge(of_texts, lambda: ["a", {"b": True}], 0).state == RIGHT
     for wrong in (["a"], ["a", {"c": True}], ["a", {"b": 1}], ["b", {"b": True}], 3, ["a", 3]):
         assert judge(of_texts, lambda wrong=wrong: wrong, 0).state == WRONG
+    assert judge(of_texts, lambda: ["a"], 0).sentence == "it gives 1 things, where 2 belong."
     of_numbers = Exercise("number()", 3, calling(()), {"one too many.": 4})
     assert judge(of_numbers, 3, 0).state == RIGHT
     assert judge(of_numbers, 4, 0) == (WRONG, "one too many.")
