@@ -20,6 +20,7 @@ from ldm.lab.real import real
 from ldm.lab.trace import words_of
 from ldm.loading import find_model
 from ldm.metrics.evaluation import load_checker
+from ldm.pictures import image_tensor
 
 pipe = ldm.load("scenes")
 
@@ -277,8 +278,7 @@ checker = load_checker(find_model("scenes"))
 
 def read(images):
     """What the checker sees in each picture."""
-    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    seen = checker.read(stacked.permute(0, 3, 1, 2) / 127.5 - 1)
+    seen = checker.read(image_tensor(images))
     return [f"{found['left color']} {found['left kind']}" for found in seen]
 
 

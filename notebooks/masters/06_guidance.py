@@ -16,6 +16,7 @@ from ldm import scenes
 from ldm.lab.real import real
 from ldm.loading import find_model
 from ldm.metrics.evaluation import held_out, load_checker, tally, verdict
+from ldm.pictures import image_tensor
 
 pipe = ldm.load("scenes")
 prompt = "a large red boat on sea at sunset"
@@ -132,15 +133,9 @@ wanted = held_out(20)
 prompts = [scenes.caption(scene, scene.seed) for scene in wanted]
 
 
-def as_tensor(images):
-    """Pictures as the checker reads them: (B, 3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return pixels.permute(0, 3, 1, 2) / 127.5 - 1
-
-
 def accuracy(images):
     """The share of all questions about a picture that the checker answers as its caption says."""
-    read = checker.read(as_tensor(images))
+    read = checker.read(image_tensor(images))
     shares = tally(map(verdict, wanted, read)).values()
     return sum(share.right for share in shares) / sum(share.asked for share in shares)
 
@@ -158,7 +153,7 @@ def bits(answers):
 free = ("time", "ground", "mountains", "style", "left color", "left size")  # left open
 variety = {}
 for s in (1, 2, 4):
-    found = checker.read(as_tensor(drawn(pipe, "a flower", s, seed=100, count=32)))
+    found = checker.read(image_tensor(drawn(pipe, "a flower", s, seed=100, count=32)))
     variety[s] = sum(bits([str(each[question]) for each in found]) for question in free)
 best = max(right_share, key=right_share.get)
 
@@ -199,7 +194,7 @@ asked = {  # row: (prompt, negative prompt)
 rows, colors = [], {}
 for row, (prompt_of, negative) in asked.items():
     rows.append(pipe(prompt_of, negative=negative, seed=20, count=6, steps=12, guidance=4).images)
-    colors[row] = [found["left color"] for found in checker.read(as_tensor(rows[-1]))]
+    colors[row] = [found["left color"] for found in checker.read(image_tensor(rows[-1]))]
     print(f"{row:16} the checker sees:", ", ".join(colors[row]))
 assert min(colors[row].count("brown") for row in ("a large balloon", "… not brown")) >= 4
 assert colors["negative: brown"].count("brown") == 0
@@ -223,7 +218,7 @@ faults = {
     "mixed": lambda u, c, s: (u + s * c) / (s + 1),
 }
 broken = {name: draw(prompt, combine=fault, s=4.0)[0] for name, fault in faults.items()}
-for name, found in zip(broken, checker.read(as_tensor(broken.values())), strict=True):
+for name, found in zip(broken, checker.read(image_tensor(broken.values())), strict=True):
     sees = f"{found['left color']} {found['left kind']}, {found['time']}"
     print(f"{name:22} the checker sees: {sees}")
     wanted_there = name in ("right", "mixed")  # the other two faults lose the sentence

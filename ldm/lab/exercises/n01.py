@@ -7,18 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from ldm.lab.check import Exercise, calling
+from ldm.text.tokenizer import merge
 
 # 01.1 -------------------------------------------------------------------------------------------------------
-
-
-def join(symbols, pair):
-    """Every occurrence of `pair` joined, from left to right."""
-    joined, i = [], 0
-    while i < len(symbols):
-        size = 2 if tuple(symbols[i : i + 2]) == pair else 1
-        joined.append("".join(symbols[i : i + size]))
-        i += size
-    return joined
 
 
 def known_pairs(symbols, ranks):
@@ -27,10 +18,10 @@ def known_pairs(symbols, ranks):
 
 def merge_step(symbols, ranks):
     known = known_pairs(symbols, ranks)
-    return join(symbols, min(known, key=ranks.get)) if known else list(symbols)
+    return merge(symbols, min(known, key=ranks.get)) if known else list(symbols)
 
 
-def choosing(choose, joined=join):
+def choosing(choose, joined=merge):
     """A wrong answer: another choice among the known pairs, or another way to join them."""
 
     def step(symbols, ranks):
@@ -50,7 +41,7 @@ def join_once(symbols, pair):
 
 
 def join_from_the_right(symbols, pair):
-    turned = join([symbol[::-1] for symbol in symbols[::-1]], (pair[1][::-1], pair[0][::-1]))
+    turned = merge([symbol[::-1] for symbol in symbols[::-1]], (pair[1][::-1], pair[0][::-1]))
     return [symbol[::-1] for symbol in turned[::-1]]
 
 
@@ -59,7 +50,7 @@ def join_and_keep(symbols, pair):
 
 
 def join_and_drop_the_last(symbols, pair):
-    joined = join(symbols, pair)
+    joined = merge(symbols, pair)
     return joined[:-1] if tuple(symbols[-2:]) != pair else joined
 
 
@@ -74,7 +65,7 @@ def join_known(symbols, ranks):
 
 def join_even_unknown(symbols, ranks):
     pairs = list(pairwise(symbols))
-    return join(symbols, min(pairs, key=lambda pair: ranks.get(pair, 0))) if pairs else list(symbols)
+    return merge(symbols, min(pairs, key=lambda pair: ranks.get(pair, 0))) if pairs else list(symbols)
 
 
 def words_and_ranks(generator):
