@@ -24,7 +24,7 @@ from PIL import Image
 
 from ldm.errors import LDMError
 from ldm.io.atomic import atomic_file
-from ldm.lab.shown import MAGMA, SHADE, Shown, levels_of, place, read
+from ldm.lab.shown import MAGMA, SHADE, Side, levels_of, place, read
 
 if TYPE_CHECKING:
     from ldm.lab.trace import Trace
@@ -37,7 +37,7 @@ MARK = '<meta name="generator" content="ldm explain">'  # by which a page of our
 class Stepper:
     """What `show` returns. A notebook shows it as the last thing of a cell, or by `display(...)`."""
 
-    def __init__(self, runs: Sequence[Shown], text: str):
+    def __init__(self, runs: Sequence[Side], text: str):
         self.runs, self.html = runs, text
 
     def __repr__(self) -> str:
@@ -104,7 +104,7 @@ def source(name: str) -> str:
 # ------------------------------------------------------------------------------------------ the piece of HTML
 
 
-def compose(runs: Sequence[Shown], traces: Sequence["Trace"], pictures: Sequence[int]) -> str:
+def compose(runs: Sequence[Side], traces: Sequence["Trace"], pictures: Sequence[int]) -> str:
     """The pictures that stand where scripts are blocked, and the script that takes their place: a piece of HTML that
     needs nothing from elsewhere, and disturbs nothing around it.
     """
@@ -136,7 +136,7 @@ def tight(text: str) -> str:
     return "\n".join(line for line in lines if line and not line.startswith(("//", "/**")))
 
 
-def fallback(run: Shown, k: int) -> str:
+def fallback(run: Side, k: int) -> str:
     """A run as pictures alone. No styles, for where scripts are blocked, those are as well."""
     about = html.escape(run.about)
     n = len(run.data["rows"]) - 1

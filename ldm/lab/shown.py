@@ -36,8 +36,8 @@ SHADE = 0.4  # how much of a map's colour is left where the picture below it is 
 TAKES_NONE = "This run takes no step: its strength is 0."
 
 
-class Shown(NamedTuple):
-    """What is shown of one run: numbers for the script, and two sheets of pictures, WebP."""
+class Side(NamedTuple):
+    """A side of the page, which shows one run: numbers for the script, and two sheets of pictures, WebP."""
 
     data: dict
     steps: bytes
@@ -45,7 +45,7 @@ class Shown(NamedTuple):
     about: str
 
 
-def read(trace: "Trace", picture: int, letter: str = "") -> Shown:
+def read(trace: "Trace", picture: int, letter: str = "") -> Side:
     """All that is shown of one picture of a run. Raises LDMError if there is no such picture."""
     trace.check_picture(picture)
     of = slice(picture, picture + 1)
@@ -68,7 +68,7 @@ def read(trace: "Trace", picture: int, letter: str = "") -> Shown:
         "maps": list(maps.shape[2:]), "words": words_of(words, maps),
     }  # fmt: skip
     laid = lay_all(decoded[-1], words, maps) if words else None
-    return Shown(data, steps, laid, f"“{prompt}”, {settings}" if prompt else f"no prompt, {settings}")
+    return Side(data, steps, laid, f"“{prompt}”, {settings}" if prompt else f"no prompt, {settings}")
 
 
 def levels_of(trace: "Trace") -> list["Level"]:
