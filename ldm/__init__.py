@@ -12,6 +12,8 @@ PLACES = {  # the public names, and the modules they live in
     "load": "ldm.loading",
     "load_controlnet": "ldm.loading",
     "Control": "ldm.control",
+    "Ensemble": "ldm.ensemble",
+    "Sizes": "ldm.sizes",
     "LDMError": "ldm.errors",
     "Pipeline": "ldm.pipeline",
     "Noise": "ldm.noise",

@@ -1,13 +1,14 @@
-"""ControlNets in the loop: a closure looks at (x, level) beside the UNet, and says what is to be added inside it.
+"""ControlNets and T2I-Adapters in the loop: a closure beside the UNet says of (x, level) what is to be added inside it.
 
-Zhang et al. 2023. A `Controller` is given to `ldm.guidance.conditional`, so that guidance, samplers and every other
-closure know nothing of it. What doesn't change between the steps, the picture's features and the keys and values of the
-words, is computed when the closure is made.
+Zhang et al. 2023; Mou et al. 2023. A `Controller` is given to `ldm.guidance.conditional`, so that guidance, samplers
+and every other closure know nothing of it. What doesn't change between the steps, the picture's features and the keys
+and values of the words, is computed when the closure is made. Of an adapter that is all: it doesn't look at (x, level).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from numbers import Real
 
 import torch
@@ -15,26 +16,29 @@ from torch import Tensor
 
 from ldm.conditions import check_kind, check_range, doubts, to_tensor
 from ldm.errors import LDMError, say_on_stderr
-from ldm.guidance import Controller
+from ldm.guidance import Controller, Told
 from ldm.io.pictures import as_picture
-from ldm.models.controlnet import ControlNet
-from ldm.models.unet import Extras, Residuals
+from ldm.models.adapter import Adapter, check_levels
+from ldm.models.controlnet import ControlNet, check_base
+from ldm.models.unet import Extras, Residuals, UNetConfig
+from ldm.models.vae import VAEConfig
 from ldm.pictures import fit, one_or_each
 from ldm.schedules import Level
 
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet, and the picture it is to look at: `pipe(prompt, control=[Control(net, picture)])`.
+    """A ControlNet or an adapter, and the picture it is to look at: `pipe(prompt, control=[Control(net, picture)])`.
 
     `picture` is whatever `ldm.io.pictures.as_picture` takes, a list of such (one a picture drawn), or a tensor
-    (B or 1, 3, H, W) in [0, 1]. `scale` multiplies what the net adds. It is run in the share of the steps from `start`
-    to `end`, and not at all in the others. `guess`: the authors' guess mode, for drawing without a prompt. The net sees
-    the conditional half alone, and its finer residuals count less. `kind` is one of `ldm.conditions.CONDITIONS`: where
-    it is named, a picture that doesn't look like one gets a line on stderr.
+    (B or 1, 3, H, W) in [0, 1], of one channel for an adapter that looks at grey. `scale` multiplies what the net adds.
+    It is run in the share of the steps from `start` to `end`, and not at all in the others: `end` is the share that
+    diffusers calls an adapter's factor. `guess`: the authors' guess mode, for drawing without a prompt. The ControlNet
+    sees the conditional half alone, and its finer residuals count less. `kind` is one of `ldm.conditions.CONDITIONS`:
+    where it is named, a picture that doesn't look like one gets a line on stderr.
     """
 
-    net: ControlNet
+    net: ControlNet | Adapter
     picture: object
     scale: float = 1.0
     start: float = 0.0
@@ -43,29 +47,53 @@ class Control:
     kind: str | None = None
 
     def __post_init__(self):
-        if not isinstance(self.net, ControlNet):
+        if not isinstance(self.net, ControlNet | Adapter):
             raise LDMError(
                 f"Control takes a ControlNet, not a thing of type {type(self.net).__name__}: "
-                "`ldm.load_controlnet(folder, pipe)` reads one."
+                "`ldm.load_controlnet(folder, pipe)` reads one, or an adapter."
+            )
+        if self.guess and isinstance(self.net, Adapter):
+            raise LDMError(
+                "An adapter knows no guess mode, for it adds the same to both halves of guidance: leave guess out."
             )
         if not isinstance(self.scale, Real) or not math.isfinite(self.scale):
-            raise LDMError(f"The scale of a ControlNet must be a finite number, not {self.scale!r}.")
+            raise LDMError(f"The scale of {self.what} must be a finite number, not {self.scale!r}.")
         if not all(isinstance(share, Real) for share in (self.start, self.end)) or not 0 <= self.start < self.end <= 1:
             raise LDMError(
-                f"A ControlNet runs from a share of the steps to a later one, 0 <= start < end <= 1: not from "
-                f"{self.start!r} to {self.end!r}. Leave it out, to draw without it."
+                f"{self.what[0].upper() + self.what[1:]} runs from a share of the steps to a later one, 0 <= start < "
+                f"end <= 1: not from {self.start!r} to {self.end!r}. Leave it out, to draw without it."
             )
         if self.kind is not None:
             check_kind(self.kind)
-        if isinstance(self.picture, Tensor) and (self.picture.dim() != 4 or self.picture.shape[1] != 3):
+        shape = tuple(self.picture.shape) if isinstance(self.picture, Tensor) else None
+        if shape is not None and (len(shape) != 4 or shape[1] != self.channels):
             raise LDMError(
-                f"The picture of a ControlNet has the shape {tuple(self.picture.shape)}; (B or 1, 3, H, W) is needed."
+                f"The picture of {self.what} has the shape {shape}; (B or 1, {self.channels}, H, W) is needed."
             )
+
+    @property
+    def what(self) -> str:
+        """What sentences call the net."""
+        return "an adapter" if isinstance(self.net, Adapter) else "a ControlNet"
+
+    @property
+    def channels(self) -> int:
+        """3 for colours; 1 for an adapter that looks at grey."""
+        return self.net.config.in_channels if isinstance(self.net, Adapter) else 3
 
     @property
     def conditional_alone(self) -> bool:
         """Whether the unconditional half of guidance goes without the net."""
+        if isinstance(self.net, Adapter):
+            return False
         return self.guess or self.net.config.global_pool_conditions  # "shuffle" was made for that half alone
+
+    def check_base(self, unet: UNetConfig, vae: VAEConfig, place: str = "") -> None:
+        """Raise LDMError if the net was made for another base than this one; `place` says which of several it is."""
+        if isinstance(self.net, Adapter):
+            check_levels(self.net.config, unet, vae, f"The adapter{place}")
+        else:
+            check_base(self.net.config, unet, vae, f"The ControlNet{place}")
 
     def rows(self, first: int, last: int) -> frozenset[int]:
         """The rows of the schedule at which the net is run, of the steps `first` to `last` - 1, as diffusers counts.
@@ -75,7 +103,7 @@ class Control:
         n = 0 if self.scale == 0 else last - first
         kept = [first + k for k in range(n) if not (k / n < self.start or (k + 1) / n > self.end)]
         if n and not kept:
-            say_on_stderr(f"No step of {n} lies within {self.start:g} to {self.end:g}: a ControlNet is not run.")
+            say_on_stderr(f"No step of {n} lies within {self.start:g} to {self.end:g}: {self.what} is not run.")
         return frozenset(kept + [last] * (last - 1 in kept))
 
     def size(self) -> tuple[int, int]:
@@ -83,31 +111,43 @@ class Control:
         if isinstance(self.picture, Tensor):
             return self.picture.shape[-1], self.picture.shape[-2]
         first = self.picture[0] if isinstance(self.picture, list | tuple) and self.picture else self.picture
-        return as_picture(first, "the picture of a ControlNet").size
+        return as_picture(first, f"the picture of {self.what}").size
 
     def pictures(self, width: int, height: int, count: int) -> Tensor:
-        """What the net gets: (B or 1, 3, height, width) in [0, 1]. Raises LDMError for another range or size."""
+        """What the net gets: (B or 1, 3 or 1, height, width) in [0, 1]. Raises LDMError for another range or size."""
+        self.check_size(width, height)
         if isinstance(self.picture, Tensor):
-            wanted = (3, height, width)
+            wanted = (self.channels, height, width)
             if len(self.picture) not in (1, count) or self.picture.shape[1:] != wanted:
                 raise LDMError(
-                    f"The picture of a ControlNet has the shape {tuple(self.picture.shape)}; (1 or {count}, 3, "
-                    f"{height}, {width}) is needed."
+                    f"The picture of {self.what} has the shape {tuple(self.picture.shape)}; (1 or {count}, "
+                    f"{self.channels}, {height}, {width}) is needed."
                 )
             check_range(self.picture)
             return self.picture.float()
         given = [
-            as_picture(each, "the picture of a ControlNet") for each in one_or_each(self.picture, count, "picture")
+            as_picture(each, f"the picture of {self.what}") for each in one_or_each(self.picture, count, "picture")
         ]
         if self.kind in ("canny", "scribble", None) and max(each.width for each in given) > 1.5 * width:
             say_on_stderr(
-                f"The picture of a ControlNet is shrunk from {given[0].width} to {width} pixels across, in which thin "
+                f"The picture of {self.what} is shrunk from {given[0].width} to {width} pixels across, in which thin "
                 "lines fade: make edges of a picture of the size that is drawn."
             )
-        given = [fit(each, width, height, "The picture of a ControlNet") for each in given]
+        given = [fit(each, width, height, f"The picture of {self.what}") for each in given]
         for sentence in dict.fromkeys(s for each in given if self.kind is not None for s in doubts(self.kind, each)):
             say_on_stderr(sentence)
-        return torch.cat([to_tensor(each) for each in given])
+        if self.channels == 1:
+            given = [each.convert("L") for each in given]
+        return torch.cat([to_tensor(each)[:, : self.channels] for each in given])
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raise LDMError for a size that the net cannot read."""
+        unit = self.net.config.downscale_factor if isinstance(self.net, Adapter) else 1
+        if width % unit or height % unit:
+            near = "x".join(str(max(unit, side // unit * unit)) for side in (width, height))
+            raise LDMError(
+                f"This adapter reads pictures whose sides are multiples of {unit}, not {width}x{height}: draw {near}."
+            )
 
 
 def as_controls(given: Control | Sequence[Control] | None) -> list[Control]:
@@ -125,25 +165,29 @@ class Seen:
     """A control, with the features of its pictures (B or 1, C, h, w) and the rows of the schedule it is run at."""
 
     control: Control
-    features: Tensor
+    features: Tensor | list[Tensor]  # an adapter has several, one a level
     rows: frozenset[int]
 
 
-def lead(seen: Sequence[Seen], contexts: Sequence[Tensor], last: bool = True) -> Controller:
-    """All controls for a batch of as many parts as there are `contexts` (B, L, D), the conditional one at the end.
+def lead(seen: Sequence[Seen], told: Sequence[Told], last: bool = True) -> Controller:
+    """All controls for a batch of as many parts as are `told` something, the conditional one at the end.
 
     `last` False: the batch is another part by itself, of which a net for the conditional one alone wants nothing.
     """
     found = []
     for one in seen:
-        control, size = one.control, len(contexts[0])
+        control, size = one.control, len(told[0].context)
+        if isinstance(control.net, Adapter):
+            found.append(adapted([spread(each, size, len(told)) for each in one.features], control.scale, one.rows))
+            continue
         if control.conditional_alone and not last:
             continue
-        alone = control.conditional_alone and len(contexts) > 1
-        read = contexts[-1:] if alone else contexts
-        features = one.features.expand(size, -1, -1, -1).repeat(len(read), 1, 1, 1)
-        each = controller(control.net, torch.cat(list(read)), features, control.scale, one.rows, control.guess)
-        found.append(of_last_part(each, len(contexts)) if alone else each)
+        alone = control.conditional_alone and len(told) > 1
+        read = told[-1:] if alone else told
+        words = Told.join(read)
+        features = spread(one.features, size, len(read))
+        each = controller(control.net, words.context, features, control.scale, one.rows, control.guess, words.extras)
+        found.append(of_last_part(each, len(told)) if alone else each)
     return all_together(found)
 
 
@@ -160,28 +204,57 @@ def controller(
 
     It is run at these `rows` of the schedule alone; None: at all of them.
     """
-    prepared = net.prepare(context)
+    prepared = net.prepare(context.to(net.dtype))
+    pooled = None if extras.pooled is None else extras.pooled.to(net.dtype)
+    # A net knows no scale of guidance (LCM) and no noise level (upscalers), even where its UNet does.
+    extras = Extras(pooled=pooled, time_ids=extras.time_ids)
 
     def residuals(x: Tensor, level: Level) -> Residuals | None:
         if rows is not None and level.i not in rows:
             return None
-        x = x[:, : net.config.in_channels]  # what an inpainting UNet reads beside the latent is not the net's
-        return net(x, level.t, prepared, features, extras, scale, guess)
+        latent = x[:, : net.config.in_channels]  # what an inpainting UNet reads beside the latent is not the net's
+        skips, middle = net(latent.to(net.dtype), level.t, prepared, features, extras, scale, guess)
+        return [skip.to(x.dtype) for skip in skips], middle.to(x.dtype)
+
+    return residuals
+
+
+def spread(features: Tensor, size: int, parts: int) -> Tensor:
+    """Features (B or 1, C, h, w) of `size` pictures for a batch of so many parts, each of all the pictures."""
+    return features.expand(size, -1, -1, -1).repeat(parts, 1, 1, 1)
+
+
+def adapted(features: Sequence[Tensor], scale: float = 1.0, rows: frozenset[int] | None = None) -> Controller:
+    """An adapter's `features`, those of `Adapter.condition`: the same at each of these `rows` (None: at all rows)."""
+    levels = [scale * feature for feature in features]
+
+    def residuals(x: Tensor, level: Level) -> Residuals | None:
+        if rows is not None and level.i not in rows:
+            return None
+        return Residuals(levels=[feature.to(x.dtype) for feature in levels])
 
     return residuals
 
 
 def all_together(controllers: Sequence[Controller]) -> Controller:
-    """Several ControlNets at once: their residuals are added up."""
+    """Several ControlNets and adapters at once: what they add is added up. Without an adapter it is a pair."""
 
     def residuals(x: Tensor, level: Level) -> Residuals | None:
-        found = [each for each in (one(x, level) for one in controllers) if each is not None]
+        found = [Residuals(*each) for each in (one(x, level) for one in controllers) if each is not None]
         if not found:
             return None
-        skips = [sum(parts[1:], start=parts[0]) for parts in zip(*(skips for skips, _ in found), strict=True)]
-        return skips, sum((middle for _, middle in found[1:]), start=found[0][1])
+        skips = [total(parts) for parts in zip(*(each.skips for each in found if each.skips is not None), strict=True)]
+        levels = [total(parts) for parts in zip_longest(*(each.levels for each in found))]  # some adapters have fewer
+        whole = Residuals(skips or None, total([each.middle for each in found]), levels)
+        return whole if levels else whole[:2]
 
     return residuals
+
+
+def total(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum of those that are there."""
+    there = [part for part in parts if part is not None]
+    return sum(there[1:], start=there[0]) if there else None
 
 
 def of_last_part(one: Controller, parts: int = 2) -> Controller:

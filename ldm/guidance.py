@@ -28,6 +28,18 @@ class Output(NamedTuple):
     uncond: Tensor | None = None
 
 
+class Told(NamedTuple):
+    """What the UNet is told beside latent and timestep, for one part of guidance: words, and what some models add."""
+
+    context: Tensor  # (B, L, D)
+    extras: Extras = Extras()
+
+    @classmethod
+    def join(cls, parts: Sequence["Told"]) -> "Told":
+        """What all parts of a batch are told, one part after the other."""
+        return cls(torch.cat([part.context for part in parts]), Extras.join([part.extras for part in parts]))
+
+
 Network = Callable[[Tensor, Level], Output]
 Controller = Callable[[Tensor, Level], Residuals | None]  # what ControlNets add inside the UNet; None: nothing
 

@@ -1,4 +1,4 @@
-"""The UNet told all it is to know: words, guidance, ControlNets, further channels, tiles. One `Network` for the loop.
+"""The UNet told all it is to know: words, sizes, guidance, ControlNets, further channels, tiles. One `Network`.
 
 Here the closures of `ldm.guidance`, `ldm.control` and `ldm.tiles` are put around each other:
 
@@ -13,8 +13,20 @@ from torch import Tensor
 
 from ldm.control import Seen, lead
 from ldm.errors import LDMError
-from ldm.guidance import Network, classifier_free, conditional, halves_apart, halves_together, joined, text_and_image
+from ldm.guidance import (
+    Network,
+    Told,
+    classifier_free,
+    conditional,
+    halves_apart,
+    halves_together,
+    joined,
+    text_and_image,
+)
+from ldm.models.blocks import guidance_embedding
 from ldm.models.unet import Extras, UNet
+from ldm.sizes import Sizes
+from ldm.text.words import Words
 from ldm.tiles import tiled
 
 
@@ -25,7 +37,6 @@ class Beside:
     channels: Tensor | None = None  # (B, C', h, w), read behind the latent
     image_guidance: float | None = None  # of a model that edits: the channels are guided, too
     seen: Sequence[Seen] = ()  # ControlNets, and what they see
-    noise_level: int | None = None  # of an upscaler
     tile: int = 0  # positions of the latent along a side of a tile; 0: no tiles
     overlap: int = 0
 
@@ -34,42 +45,57 @@ class Beside:
             raise LDMError("Tiles and ControlNets don't go together, for a net sees its picture whole: leave one out.")
 
 
-def unguided(unet: UNet, cond: Tensor, beside: Beside = Beside()) -> Network:
-    """The UNet reading `cond` (B, L, D), once a step."""
+def tell(
+    unet: UNet, words: Words, sizes: Sizes | None = None, noise_level: int | None = None, guidance: float = 1.0
+) -> Told:
+    """What this UNet is told in one part of guidance: `words` of B pictures, and whatever else it was made to be told.
+
+    `sizes`: of SDXL. `noise_level`: of an upscaler. `guidance`: the scale itself, of a UNet distilled from guided ones.
+    """
+    config, like, count = unet.config, words.context.to(unet.dtype), len(words.context)
+    pooled = ids = labels = scale = None
+    if sizes is not None:
+        pooled = words.pooled.to(like)
+        ids = torch.tensor([sizes.numbers] * count, device=like.device)  # (B, 6); in half precision 1017 would be 1016
+    if noise_level is not None:
+        labels = torch.full((count,), noise_level, device=like.device)
+    if config.time_cond_proj_dim is not None:
+        scale = guidance_embedding(torch.tensor([float(guidance)] * count), config.time_cond_proj_dim).to(like)
+    return Told(like, Extras(pooled, ids, labels, scale))
+
+
+def unguided(unet: UNet, cond: Told, beside: Beside = Beside()) -> Network:
+    """The UNet told `cond`, once a step."""
     return part(unet, [cond], [beside.channels], beside)
 
 
 def guided(
-    unet: UNet, uncond: Tensor, cond: Tensor, scale: float, beside: Beside = Beside(), together: bool = True
+    unet: UNet, uncond: Told, cond: Told, scale: float, beside: Beside = Beside(), together: bool = True
 ) -> Network:
-    """Classifier-free guidance by `scale` from `uncond` to `cond`, each (B, L, D); the two of a model that edits.
+    """Classifier-free guidance by `scale` from `uncond` to `cond`; the two guidances of a model that edits.
 
     `together` runs the parts in one batch, otherwise one after the other.
     """
-    contexts, channels = [uncond, cond], [beside.channels] * 2
+    told, channels = [uncond, cond], [beside.channels] * 2
     if beside.image_guidance is not None:
-        contexts = [uncond, uncond, cond]
+        told = [uncond, uncond, cond]
         channels = [torch.zeros_like(beside.channels), beside.channels, beside.channels]
     if together:
-        halves = halves_together(part(unet, contexts, channels, beside), len(contexts))
+        halves = halves_together(part(unet, told, channels, beside), len(told))
     else:
-        last = len(contexts) - 1
-        pairs = enumerate(zip(contexts, channels, strict=True))
-        halves = halves_apart(*(part(unet, [words], [more], beside, k == last) for k, (words, more) in pairs))
+        last = len(told) - 1
+        pairs = enumerate(zip(told, channels, strict=True))
+        halves = halves_apart(*(part(unet, [each], [more], beside, k == last) for k, (each, more) in pairs))
     if beside.image_guidance is not None:
         return text_and_image(halves, scale, beside.image_guidance)
     return classifier_free(halves, scale)
 
 
 def part(
-    unet: UNet, contexts: Sequence[Tensor], channels: Sequence[Tensor | None], beside: Beside, last: bool = True
+    unet: UNet, told: Sequence[Told], channels: Sequence[Tensor | None], beside: Beside, last: bool = True
 ) -> Network:
     """One run of the UNet for one part of guidance, or for several in a batch; `last`: the conditional one is in it."""
-    context = torch.cat(list(contexts))
-    labels = None
-    if beside.noise_level is not None:
-        labels = torch.full((len(context),), beside.noise_level, device=context.device)
-    network = conditional(unet, context, Extras(class_labels=labels), lead(beside.seen, contexts, last))
+    network = conditional(unet, *Told.join(told), lead(beside.seen, told, last))
     if beside.tile:
         network = tiled(network, beside.tile, beside.overlap)
     return network if beside.channels is None else joined(network, torch.cat(list(channels)))

@@ -13,6 +13,7 @@ Each station of the road is a method of `Pipeline`, and each part is usable alon
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -20,21 +21,22 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm import pictures, tasks
+from ldm.alone import draw_alone
 from ldm.control import Control, Seen, as_controls
 from ldm.diffusion import Prediction
+from ldm.ensemble import handed_latent, handed_schedule
 from ldm.errors import LDMError, say_on_stderr
 from ldm.guidance import Network, denoiser
-from ldm.models.controlnet import check_base
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
-from ldm.network import Beside, guided, unguided
+from ldm.network import Beside, guided, tell, unguided
 from ldm.noise import Noise
+from ldm.precision import autocasting, cast, in_range
 from ldm.run import Result, Run, finite
 from ldm.samplers import find_sampler
 from ldm.samplers.inverse import ddim_inverse
@@ -44,6 +46,7 @@ from ldm.schedules.table import level_at
 from ldm.settings import Defaults, Model, Settings, choose_levels, choose_settings, whole
 from ldm.text.clip import TextEncoder
 from ldm.text.tokenizer import Tokenizer
+from ldm.text.words import Reader, Words, nothing, read
 from ldm.tiles import in_tiles
 
 if TYPE_CHECKING:
@@ -55,8 +58,11 @@ TILE = 512  # pixels along a side of an upscaler's tiles: the size it was traine
 class Pipeline:
     """The parts of a latent diffusion model, each usable alone, and the road through them.
 
-    `tokenizer`, `text_encoder`, `unet`, `vae` are the parts; `schedule(n)` makes the table for n steps. `low_res`,
-    of an upscaler, is the schedule of the noise on its small picture, `max_noise_level` the most it was trained on.
+    `tokenizer`, `text_encoder`, `unet`, `vae` are the parts; `schedule(n)` makes the table for n steps.
+
+    low_res, max_noise_level       of an upscaler: the schedule of the noise on its small picture, and the most of it
+    tokenizer_2, text_encoder_2    of SDXL, whose refiner has the second ones alone: they are its first here
+    zero_negative                  where no negative prompt is given, zeros take its place (SDXL)
     """
 
     def __init__(
@@ -70,10 +76,17 @@ class Pipeline:
         folder: Path | None = None,
         low_res: ScheduleConfig | None = None,
         max_noise_level: int | None = None,
+        *,
+        tokenizer_2: Tokenizer | None = None,
+        text_encoder_2: TextEncoder | None = None,
+        zero_negative: bool = False,
     ):
         self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
         self.scheduler, self.defaults, self.folder = scheduler, defaults, folder
         self.low_res, self.max_noise_level = low_res, max_noise_level
+        self.tokenizer_2, self.text_encoder_2, self.zero_negative = tokenizer_2, text_encoder_2, zero_negative
+        self.where: torch.device | None = None  # what computes, if parts are kept elsewhere (`ldm.memory.offload`)
+        self.autocast: torch.dtype | None = None  # what is computed in, if it isn't the weights' own (`ldm.memory`)
         self.watchers = []  # what looks on at the steps of every run: `ldm.lab.watch` comes and goes
 
     # ------------------------------------------------------------------------------------------ the road
@@ -86,46 +99,12 @@ class Pipeline:
         `one_by_one` draws each picture of the batch alone: slower, and its bits don't depend on the others.
         """
         if one_by_one:
-            return self._one_by_one(prompt, after, options)
+            return draw_alone(self, prompt, after, options)
         run = self.prepare(prompt, **options)
         x = run.x
         for step in chain(after, run.steps(after)):  # a finished run takes no step more, one of strength 0 none at all
             x = step.x
         return run.finish(x)
-
-    def _one_by_one(self, prompt: str | Sequence[str], after: Sequence[Step], options: dict) -> Result:
-        of_a_batch = ("latents", "generator", "network")
-        if after or any(options.get(name) is not None for name in of_a_batch):
-            raise LDMError(
-                "one_by_one begins each picture from its seed: pass no latents, generator, after or network with it."
-            )
-        settings = self.prepare(prompt, **options).settings
-        n = len(settings.seeds)
-
-        def own(given: object, k: int) -> object:
-            if isinstance(given, Tensor):  # of latents or pictures (B, ...) its row; a depth (H, W) is for all
-                return given[k : k + 1] if given.dim() > 2 and len(given) == n else given
-            return given[k] if isinstance(given, list | tuple) and len(given) == n else given
-
-        options = {k: v for k, v in options.items() if k not in ("negative", "seed", "count")}
-        pictured = {name: options.pop(name) for name in ("image", "mask", "depth") if name in options}
-        if isinstance(pictured.get("depth"), np.ndarray):
-            pictured["depth"] = torch.as_tensor(pictured["depth"])
-        controls = as_controls(options.pop("control", None))
-        results = [
-            self(
-                settings.prompt[k],
-                negative=settings.negative[k],
-                seed=settings.seeds[k],
-                control=[replace(each, picture=own(each.picture, k)) for each in controls],
-                **{name: own(given, k) for name, given in pictured.items()},
-                **options,
-            )
-            for k in range(n)
-        ]
-        images = [image for result in results for image in result.images]
-        changed = tuple(number for result in results for number in result.changed)
-        return Result(images, torch.cat([result.x0 for result in results]), settings, changed)
 
     def steps(self, prompt: str | Sequence[str], *, after: Sequence[Step] = (), **options) -> Iterator[Step]:
         """The steps of a run, each yielded as it is taken (`ldm.sampling.Step`); nothing is hidden between them.
@@ -165,6 +144,7 @@ class Pipeline:
         together: bool = True,
         tile: int | None = None,
         network: Network | None = None,
+        handed: Step | None = None,
         **options,
     ) -> Run:
         """Everything that a run needs before its first step; the other options are those of `settings`.
@@ -181,20 +161,30 @@ class Pipeline:
         together   False runs the halves of guidance one after the other
         tile       draw in overlapping tiles of so many pixels; an upscaler does so by itself, 0 forbids it
         network    made of `ldm.guidance`'s closures, takes the place of the UNet, and the prompts' with it
+        handed     the last step of another model's run, from which this one goes on (`ldm.ensemble`)
 
         Raises LDMError, at once, for what cannot be.
         """
         control = as_controls(control)
+        if handed is not None:
+            given = {"image": image, "mask": mask, "depth": depth, "latents": latents, "strength": strength}
+            image = tasks.handed_latents(handed, given, options)
         tasks.check_given(self.task, image is not None, mask is not None, depth is not None, options)
         image = tasks.open_image(image, self.vae.config.latent_channels, self.task)
         depth = tasks.own_depth(self.folder, image) if self.task == "depth" and depth is None else depth
         led = control[0].size() if control and image is None else None
-        sized = tasks.choose_sizes(self.model, image, mask, led, width, height, strength)
+        midway = handed is not None or options.get("denoising_start") is not None
+        sized = tasks.choose_sizes(self.model, image, mask, led, width, height, strength, midway)
         settings = self.settings(prompt, **sized, **options)
         schedule, noise = self.schedule_of(settings), self.noise(settings, generator)
+        if handed is not None:
+            schedule = handed_schedule(handed, schedule, settings)
         small = self.vae.config.factor if self.task == "upscale" else 1
         count, size = len(settings.seeds), (settings.width // small, settings.height // small)
         given = tasks.read_given(image, mask, depth, count, size, self.vae.config.factor)
+        if handed is not None:
+            given = replace(given, x0=handed_latent(handed, schedule, settings))
+            noise.restore(handed.noise_state)
         start = self.begin(settings, schedule, noise, given, latents)
         sampler = self.sampler(settings)
         if start.known is not None:
@@ -203,8 +193,9 @@ class Pipeline:
         own = network is not None
         if network is None:
             seen = self.look(settings, schedule, control)
-            told = Beside(start.channels, settings.image_guidance, seen, settings.noise_level, *self.tiles(tile))
-            network = self.network(settings, clip_skip, together, told)
+            told = Beside(start.channels, settings.image_guidance, seen, *self.tiles(tile))
+            with self.precision():
+                network = self.network(settings, clip_skip, together, told)
         elif control:
             raise LDMError("A network of your own is given: put the ControlNets into it (ldm.control), not beside it.")
         decode = partial(self.decode, tile=tile)
@@ -215,7 +206,7 @@ class Pipeline:
                 images, changed = given.paste(images)
             return Result(images, x, settings, changed)
 
-        denoise = denoiser(network, schedule.prediction)
+        denoise = denoiser(cast(network, self.autocast), schedule.prediction)
         return Run(settings, schedule, start.x, denoise, sampler, noise, decode, finish, own, self.watchers)
 
     def prepare_inversion(
@@ -262,15 +253,19 @@ class Pipeline:
     # ------------------------------------------------------------------------------------------ its stations
 
     @torch.no_grad()
+    def read(self, prompts: Sequence[str], clip_skip: int = 0) -> Words:
+        """Sentences -> what the text encoders say of them. Says on stderr what was cut off behind the 77th token."""
+        readers = [Reader(self.tokenizer, self.text_encoder)]
+        if self.text_encoder_2 is not None:
+            readers.append(Reader(self.tokenizer_2, self.text_encoder_2))
+        with self.precision():
+            words = read(readers, prompts, self.device, clip_skip, self.xl)
+        finite(words.context, "the text encoder")
+        return words
+
     def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:
-        """Sentences -> what the UNet reads, (B, 77, D). Says on stderr what was cut off behind the 77th token."""
-        tokens = self.tokenizer(list(prompts))
-        for cut in dict.fromkeys(cut for cut in tokens.cut if cut):
-            say_on_stderr(
-                f"The prompt is longer than {self.tokenizer.max_length} tokens; this part is not read: {cut!r}"
-            )
-        context = self.text_encoder.context(tokens.ids.to(self.device), clip_skip)
-        return finite(context, "the text encoder")
+        """Sentences -> what the UNet reads, (B, 77, D)."""
+        return self.read(prompts, clip_skip).context
 
     def schedule(self, steps: int | None = None, **options) -> Schedule:
         """The table of noise levels of a run: `steps`, sampler, rule, sigmas, timesteps, compat as in `steps`."""
@@ -319,7 +314,7 @@ class Pipeline:
                 "above that level is left out."
             )
         like = torch.empty(shape, dtype=self.dtype, device=self.device)
-        road = tasks.Road(self.vae, schedule, settings.first, noise, latents, like)
+        road = tasks.Road(self.vae, schedule, settings.rows(schedule).start, noise, latents, like)
         if self.task == "upscale":
             bar = alpha_bars(self.low_res).double()[settings.noise_level].item()
             start = tasks.begin_upscaling(road, given, level_at(0, settings.noise_level, bar))
@@ -330,15 +325,16 @@ class Pipeline:
 
     @torch.no_grad()
     def look(self, settings: Settings, schedule: Schedule, control: Sequence[Control]) -> list[Seen]:
-        """What the ControlNets see of their pictures, computed once."""
+        """What ControlNets and adapters see of their pictures, computed once."""
         seen = []
         for k, each in enumerate(control):
-            name = f"The ControlNet {k + 1} of {len(control)}" if len(control) > 1 else "The ControlNet"
-            check_base(each.net.config, self.unet.config, self.vae.config, name)
+            place = f" {k + 1} of {len(control)}" if len(control) > 1 else ""
+            each.check_base(self.unet.config, self.vae.config, place)
             picture = each.pictures(settings.width, settings.height, len(settings.seeds))
-            weight = each.net.conv_in.weight
+            weight = next(each.net.parameters())
             features = each.net.condition(picture.to(weight.device, weight.dtype))
-            first = settings.first % len(schedule)  # of strength 0 no step is drawn, but inversion goes all of them
+            # Of strength 0 no step is drawn, but inversion goes all of them.
+            first = settings.rows(schedule).start % len(schedule)
             seen.append(Seen(each, features, each.rows(first, len(schedule))))
         return seen
 
@@ -346,14 +342,31 @@ class Pipeline:
     def network(
         self, settings: Settings, clip_skip: int = 0, together: bool = True, beside: Beside = Beside()
     ) -> Network:
-        """The UNet told what to draw, with classifier-free guidance unless its scale is 1 or less."""
-        cond = self.encode(settings.prompt, clip_skip)
-        if settings.guidance <= 1:
+        """The UNet told what to draw, with classifier-free guidance unless its scale is 1 or less.
+
+        A UNet distilled from guided ones (LCM) is told the scale instead.
+        """
+        words = self.read(settings.prompt, clip_skip)
+        cond = tell(self.unet, words, settings.sizes, settings.noise_level, settings.guidance)
+        if settings.guidance <= 1 or self.distilled:
             if any(settings.negative):
-                say_on_stderr("Without guidance (1 or less) the negative prompt does nothing.")
+                why = "In a model that is told its guidance" if self.distilled else "Without guidance (1 or less)"
+                say_on_stderr(f"{why} the negative prompt does nothing.")
             return unguided(self.unet, cond, beside)
-        uncond = self.encode(settings.negative)  # as in diffusers, clip_skip is the prompt's alone
+        words = self.read_negative(settings.negative, words)
+        uncond = tell(self.unet, words, settings.negative_sizes, settings.noise_level)
         return guided(self.unet, uncond, cond, settings.guidance, beside, together)
+
+    def read_negative(self, negative: Sequence[str | None], words: Words) -> Words:
+        """The negative prompts, and zeros where there is none; as in diffusers, clip_skip is the prompt's alone."""
+        if all(each is None for each in negative):
+            return nothing(words)
+        found = self.read([each or "" for each in negative])
+        zeros = [k for k, each in enumerate(negative) if each is None]
+        for tensor in found:
+            if tensor is not None:
+                tensor[zeros] = 0
+        return found
 
     @torch.no_grad()
     def decode(self, x0: Tensor, tile: int = 0) -> list[Image.Image]:
@@ -361,9 +374,12 @@ class Pipeline:
 
         `tile`: decode in overlapping tiles of so many pixels; 0 is all at once.
         """
-        x0 = finite(x0, "the latents").to(self.vae.dtype)
+        x0 = finite(x0, "the latents")
         size, overlap = self.tiles(tile) if tile else (max(x0.shape[2:]), 0)
-        image = finite(in_tiles(self.vae.decode, x0, size, overlap, self.vae.config.factor), "the VAE's decoder")
+        factor = self.vae.config.factor
+        with self.precision():
+            image = in_range(self.vae, lambda x0: in_tiles(self.vae.decode, x0, size, overlap, factor), x0)
+        finite(image, "the VAE's decoder")
         pixels = ((image / 2 + 0.5).clamp(0, 1).float() * 255).round().byte()  # (B, 3, H, W)
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -376,9 +392,39 @@ class Pipeline:
             raise LDMError(f"A tile of {pixels} pixels is too small: {4 * self.vae.config.factor} is the smallest.")
         return size, size // 4
 
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks, by name, in the order of the road."""
+        names = ("text_encoder", "text_encoder_2", "unet", "vae")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def precision(self) -> AbstractContextManager:
+        """What every station computes under: nothing, unless `autocast` is set."""
+        return autocasting(self.autocast, self.device)
+
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
+        """What computes."""
+        return self.unet.conv_in.weight.device if self.where is None else self.where
+
+    @property
+    def xl(self) -> bool:
+        """Whether it is SDXL, or its refiner: the UNet is told a pooled vector and sizes."""
+        return self.unet.config.addition_embed_type == "text_time"
+
+    @property
+    def told_sizes(self) -> str | None:
+        """What the UNet is told of sizes (`ldm.sizes`): nothing, with SDXL's "target", or with a refiner's "score"."""
+        if not self.xl:
+            return None
+        pooled = (self.text_encoder_2 or self.text_encoder).config.projection_dim
+        config = self.unet.config
+        numbers = (config.projection_class_embeddings_input_dim - pooled) // config.addition_time_embed_dim
+        return "score" if numbers == 5 else "target"
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the UNet is told the scale of guidance, and needs no second half for it (LCM)."""
+        return self.unet.config.time_cond_proj_dim is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -401,7 +447,10 @@ class Pipeline:
         if self.max_noise_level is not None:
             noise_levels = min(noise_levels, self.max_noise_level + 1)
         factor = self.vae.config.factor
-        return Model(self.scheduler, self.defaults, self.task, factor, self.default_size, noise_levels)
+        return Model(
+            self.scheduler, self.defaults, self.task, factor, self.default_size, noise_levels, self.told_sizes,
+            self.zero_negative,
+        )  # fmt: skip
 
     def settings(self, prompt: str | Sequence[str], **options) -> Settings:
         """Fill in every default, and refuse with a sentence what cannot be drawn: `ldm.settings.choose_settings`."""

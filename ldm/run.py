@@ -32,9 +32,9 @@ class Result:
 class Run:
     """What `Pipeline.prepare` makes of a call: `for step in run.steps()` is all that is left to do.
 
-    `x` (B, C, h, w) is the first latent, at row `settings.first` of the schedule. `decode` makes pictures of a latent,
-    `finish` a result: there, what lies outside an inpainting mask is put back. `own` says that the network is the
-    caller's own. `watchers` (`ldm.lab.watch`) each turn the run into one that they look on at, when its steps begin.
+    `x` (B, C, h, w) is the first latent, at the first of the `rows` of the schedule. `decode` makes pictures of a
+    latent, `finish` a result: there, what lies outside an inpainting mask is put back. `own` says that the network is
+    the caller's own. `watchers` (`ldm.lab.watch`) each turn the run into one that they look on at, when it begins.
     """
 
     settings: Settings
@@ -48,16 +48,22 @@ class Run:
     own: bool = False
     watchers: Sequence[Callable[["Run"], "Run"]] = ()
 
+    @property
+    def rows(self) -> range:
+        """The rows of the schedule at which its steps begin."""
+        return self.settings.rows(self.schedule)
+
     def __len__(self) -> int:
         """How many steps it takes."""
-        return len(self.schedule) - self.settings.first
+        return len(self.rows)
 
     def steps(self, after: Sequence[Step] = ()) -> Iterator[Step]:
         """The steps, each yielded as it is taken and seen to be finite; `after` as in `ldm.sampling.sample`."""
-        run, first = self, self.settings.first
+        run, rows = self, self.rows
         for watcher in self.watchers:
             run = watcher(run)
-        return watched(sample(run.denoise, run.x, run.schedule, run.sampler, run.noise, after, first))
+        steps = sample(run.denoise, run.x, run.schedule, run.sampler, run.noise, after, rows.start, rows.stop)
+        return watched(steps)
 
 
 def watched(steps: Iterator[Step]) -> Iterator[Step]:

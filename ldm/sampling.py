@@ -71,23 +71,27 @@ def sample(
     noise: Noise,
     after: Sequence[Step] = (),
     first: int = 0,
+    last: int | None = None,
 ) -> Iterator[Step]:
     """The loop: one `Step` per row of the schedule. `x` (B, C, h, w) is the first latent, at row `first`.
+
+    It ends at row `last`; None: at the schedule's own end.
 
     `after` holds steps of an earlier run with the same settings: the loop goes on from the last of them, with its `x`,
     its noise, and what came before it as history. (`after=steps[:k]` forks; a changed `steps[k - 1].x` is taken up.)
     """
-    if not 0 <= first <= len(schedule):
-        raise LDMError(f"A run of {len(schedule)} steps can begin at row 0 to {len(schedule)}, not {first}.")
+    last = len(schedule) if last is None else last
+    if not 0 <= first <= last <= len(schedule):
+        raise LDMError(f"A run of {len(schedule)} steps can begin at row 0 to {last}, not {first}.")
     steps = list(after)
     rows = [(step.level, step.next) for step in steps]
-    if rows != [schedule.step(first + k) for k in range(min(len(rows), len(schedule) - first))]:
+    if rows != [schedule.step(first + k) for k in range(min(len(rows), last - first))]:
         raise LDMError(
             "The steps given as `after` don't belong to this schedule: pass steps[:k] of a run like this one."
         )
     if steps:
         noise.restore(steps[-1].noise_state)
-    for i in range(first + len(steps), len(schedule)):
+    for i in range(first + len(steps), last):
         x = steps[-1].x if steps else x
         # A multistep method may build only on predictions that lead to the present x: none from before an edit.
         # diffusers, which cannot know of an edit, builds on them all the same.

@@ -11,6 +11,7 @@ from ldm.schedules import Schedule, ScheduleConfig, make_schedule
 from ldm.schedules.config import as_read_for, find_rule
 from ldm.schedules.spacing import most_steps
 from ldm.schedules.table import count_steps, is_whole, numbers
+from ldm.sizes import Sizes, told_sizes
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Settings(Levels):
     """All that decides a picture, beside the model: the arguments of a call with every default filled in."""
 
     prompt: tuple[str, ...]
-    negative: tuple[str, ...]
+    negative: tuple[str | None, ...]  # None, of SDXL: zeros in place of words
     seeds: tuple[int, ...]
     guidance: float
     eta: float
@@ -61,11 +62,28 @@ class Settings(Levels):
     strength: float | None = None  # how much of the road a given picture is sent back; None where none is given
     image_guidance: float | None = None  # of a model that edits pictures
     noise_level: int | None = None  # of an upscaler: how much noise its small picture is given
+    sizes: Sizes | None = None  # of SDXL, and what the negative half of guidance is told
+    negative_sizes: Sizes | None = None
+    denoising_start: float | None = None  # of an ensemble: the share of the road that is behind, and where it ends
+    denoising_end: float | None = None
 
-    @property
-    def first(self) -> int:
-        """The row that the run begins at: `strength` is the share of the steps that are run, cut to whole ones."""
-        return 0 if self.strength is None else self.steps - run_of(self.steps, self.strength)
+    def rows(self, schedule: Schedule) -> range:
+        """The rows of the schedule at which a step begins.
+
+        `strength` is the share of the steps that are run, cut to whole ones; `denoising_start` and `denoising_end` are
+        shares of training's timesteps: a step is run if it begins below the first and not below the second.
+        """
+        if self.denoising_start is not None:
+            first = rows_before(schedule, self.denoising_start)
+        else:
+            first = 0 if self.strength is None else self.steps - run_of(self.steps, self.strength)
+        return range(first, len(schedule) if self.denoising_end is None else rows_before(schedule, self.denoising_end))
+
+
+def rows_before(schedule: Schedule, share: float) -> int:
+    """How many rows lie in that share of training's timesteps, counted from the noisiest (as diffusers rounds them)."""
+    cutoff = round(schedule.total - share * schedule.total)
+    return sum(level.t >= cutoff for level in schedule.levels[:-1])
 
 
 STEPS_ARE = ("total", "actual")
@@ -159,13 +177,15 @@ class Model:
     factor: int  # how many pixels a latent stands for along a side
     size: int  # pixels along a side of the pictures the model was trained on
     most_noise: int = 0  # an upscaler's noise levels are below this
+    sizes: str | None = None  # what SDXL is told of them (`ldm.sizes`): "target", or of a refiner "score"
+    zero_negative: bool = False  # zeros stand in the place of a negative prompt where none is given (SDXL)
 
 
 def choose_settings(
     model: Model,
     prompt: str | Sequence[str],
     *,
-    negative: str | Sequence[str] = "",
+    negative: str | Sequence[str | None] | None = None,
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
@@ -179,13 +199,18 @@ def choose_settings(
     steps_are: str = "total",
     image_guidance: float | None = None,
     noise_level: int | None = None,
+    sizes: Sizes | dict | None = None,
+    negative_sizes: Sizes | dict | None = None,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
     width: int | None = None,
     height: int | None = None,
     count: int = 1,
 ) -> Settings:
     """Fill in every default, and refuse with a sentence what cannot be drawn.
 
-    prompt, negative          `count` pictures for each prompt, of seeds seed, seed + 1, ...; one negative, or one each
+    prompt, negative          `count` pictures for each prompt, of seeds seed, seed + 1, ...; one negative, or one each.
+                              None: the empty prompt, or what the model was trained with in its place (SDXL: zeros)
     guidance                  1 or less runs the conditional model alone, in which `negative` has no part
     sampler, eta              one of `ldm.samplers.SAMPLERS`, and the share of fresh noise in those that have the choice
     steps, rule, sigmas, timesteps    the noise levels (`ldm.schedules.make_schedule`)
@@ -195,10 +220,13 @@ def choose_settings(
                               are the "total" of which that share is taken (diffusers), or the "actual" ones run
     image_guidance            of a model that edits: how strongly the given picture counts (1.5)
     noise_level               of an upscaler: the timestep to which its small picture is noised (20)
+    sizes, negative_sizes     of SDXL: what each half of guidance is told of a picture's size (`ldm.sizes`)
+    denoising_start, denoising_end    of an ensemble: shares of the road, 0.8 is where a refiner takes over
     """
     d = model.defaults
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    negatives = [negative] * len(prompts) if isinstance(negative, str | None) else list(negative)
+    negatives = ["" if each is None and not model.zero_negative else each for each in negatives]
     if not prompts or len(negatives) != len(prompts):
         raise LDMError(
             f"{len(prompts)} prompts and {len(negatives)} negative ones given: one negative for all, or one each."
@@ -230,6 +258,8 @@ def choose_settings(
             raise LDMError(f"image_guidance must be a finite number, not {image_guidance!r}.")
     if model.task == "upscale":
         noise_level = whole("noise_level", 20 if noise_level is None else noise_level, 0, model.most_noise)
+    sizes, negative_sizes = told_sizes(model.sizes, sizes, negative_sizes, width, height)
+    check_shares(denoising_start, denoising_end)
     n = len(prompts) * count
     return Settings(
         **vars(levels),
@@ -243,7 +273,20 @@ def choose_settings(
         strength=strength,
         image_guidance=image_guidance,
         noise_level=noise_level,
+        sizes=sizes,
+        negative_sizes=negative_sizes,
+        denoising_start=denoising_start,
+        denoising_end=denoising_end,
     )
+
+
+def check_shares(start: float | None, end: float | None) -> None:
+    """Refuse shares of the road that are none, or that leave nothing of it."""
+    for name, share in (("denoising_start", start), ("denoising_end", end)):
+        if share is not None and not (isinstance(share, Real) and 0 < share < 1):
+            raise LDMError(f"{name} must be a share of the road above 0 and below 1, like 0.8, not {share!r}.")
+    if start is not None and end is not None and start >= end:
+        raise LDMError(f"denoising_start {start:g} lies behind denoising_end {end:g}: nothing is left between them.")
 
 
 def choose_side(name: str, asked: int | None, default: int | None, model: Model) -> int:

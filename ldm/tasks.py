@@ -26,6 +26,7 @@ from ldm.errors import LDMError
 from ldm.io.pictures import as_picture
 from ldm.models.vae import VAE
 from ldm.noise import Noise
+from ldm.precision import in_range
 from ldm.sampling import Denoise, Sampler, Step
 from ldm.schedules import Level, Schedule
 from ldm.settings import Model
@@ -81,10 +82,12 @@ def choose_sizes(
     width: int | None = None,
     height: int | None = None,
     strength: float | None = None,
+    midway: bool = False,
 ) -> dict:
     """width, height and strength, where the pictures given decide what is left open; `settings` takes them.
 
-    `led` is the size of a ControlNet's picture, which decides where there is no other.
+    `led` is the size of a ControlNet's picture, which decides where there is no other. `midway`: what is given are
+    latents on the way, which know no strength.
     """
     factor = model.factor
     if width is not None and height is not None:
@@ -98,14 +101,42 @@ def choose_sizes(
     else:
         own = None
     begins = image is not None and model.task not in ("upscale", "edit")
-    if begins and strength is None:
-        strength = 0.8 if mask is None else 1.0
+    if midway:
+        check_midway(image, mask, strength)
+    elif begins and strength is None:
+        strength = 1.0 if mask is not None else 0.3 if model.sizes == "score" else 0.8  # a refiner's work is the last
     elif not begins and strength is not None:
         if image is not None:
             raise LDMError(f"strength has no meaning here: a model to {model.task} pictures begins from noise.")
         raise LDMError("strength says how much of a picture is drawn over: pass the picture as image (--image).")
     width, height = pictures.complete(width, height, own, factor)
     return {"width": width, "height": height, "strength": strength}
+
+
+def check_midway(image: Sequence[Image.Image] | Tensor | None, mask: object, strength: float | None) -> None:
+    """Refuse what a run that begins in the middle of the road cannot take up."""
+    if not isinstance(image, Tensor):
+        raise LDMError(
+            "denoising_start goes on from latents on the way, those of a run with denoising_end: pass them as image. A "
+            "finished picture is taken up by its strength."
+        )
+    if mask is not None or strength is not None:
+        name = "mask" if mask is not None else "strength"
+        raise LDMError(f"A run that goes on from latents on the way (denoising_start) knows no {name}: leave it out.")
+
+
+def handed_latents(handed: Step, given: dict, options: dict) -> Tensor:
+    """The latents that another model hands over. Raises LDMError for what would compete with them."""
+    if taken := [name for name, value in given.items() if value is not None]:
+        raise LDMError(f"A step is handed over, from which the run goes on: leave {taken[0]} out.")
+    start, compat = options.get("denoising_start"), options.get("compat", False)
+    if (start is None) == bool(compat):
+        raise LDMError(
+            "Under compat a run goes on at the row that denoising_start says, as in diffusers: pass it."
+            if compat
+            else "A step that is handed over brings its level with it: leave denoising_start out, or say compat."
+        )
+    return handed.x
 
 
 def own_depth(folder: Path | None, image: Sequence[Image.Image] | Tensor) -> list[Tensor]:
@@ -188,8 +219,8 @@ class Road:
     def encode(self, image: Tensor) -> Tensor:
         """A sample of the latents of (B or 1, 3, H, W), each picture's with its own noise, as diffusers takes one."""
         posterior = self.noise(self.like.to(self.vae.dtype))
-        image = image.expand(len(self.like), -1, -1, -1).to(self.like.device, self.vae.dtype)
-        return self.vae.encode(image, posterior).to(self.like)
+        image = image.expand(len(self.like), -1, -1, -1).to(self.like.device)
+        return in_range(self.vae, lambda image: self.vae.encode(image, posterior.to(image)), image).to(self.like)
 
     def eps(self) -> Tensor:
         """The first noise, of unit variance: the caller's latents, or drawn."""
@@ -213,6 +244,8 @@ def begin(task: str, road: Road, given: Given, strength: float | None, nearest: 
     """The start of a run. `strength` None is a run from noise alone; `nearest` takes masks to latents as diffusers."""
     if given.mask is not None:
         return begin_inpainting(task, road, given, strength, nearest)
+    if given.x0 is not None and strength is None:  # latents on the way
+        return Start(given.x0.expand_as(road.like).to(road.like), read_beside(task, road, given))
     x0 = None
     if strength is not None:
         x0 = given.x0.expand_as(road.like).to(road.like) if given.x0 is not None else road.encode(given.image)
@@ -229,8 +262,8 @@ def read_beside(task: str, road: Road, given: Given) -> Tensor | None:
     if task == "depth":
         return given.depth.expand(len(road.like), -1, -1, -1).to(road.like)
     if task == "edit":
-        image = given.image.expand(len(road.like), -1, -1, -1).to(road.like.device, road.vae.dtype)
-        return road.vae.posterior(image).mean.to(road.like)
+        image = given.image.expand(len(road.like), -1, -1, -1).to(road.like.device)
+        return in_range(road.vae, lambda image: road.vae.posterior(image).mean, image).to(road.like)
     return None
 
 

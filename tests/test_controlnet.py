@@ -22,7 +22,7 @@ from tiny_pairs import OTHERS, PROMPT, controlnets
 import ldm
 from ldm.control import Control, Seen, all_together, controller, lead, of_last_part
 from ldm.errors import LDMError
-from ldm.guidance import classifier_free, conditional, halves_together
+from ldm.guidance import Told, classifier_free, conditional, halves_together
 from ldm.io.folders import read_json, write_json
 from ldm.io.weights import read_tensors, save_weights
 from ldm.models.blocks import Attention
@@ -839,7 +839,7 @@ def test_guidance_of_three_parts_is_led_in_all_or_in_the_last(models):
         Seen(Control(net, picture, scale, guess=guess), net.condition(picture), frozenset({3}))
         for net, scale, guess in zip(nets, (0.7, 1.2), (False, True), strict=True)
     ]
-    network = conditional(unet, torch.cat(contexts), controller=lead(seen, contexts))
+    network = conditional(unet, torch.cat(contexts), controller=lead(seen, [Told(c) for c in contexts]))
     parts = halves_together(network, 3)(x, level)
     for k, context in enumerate(contexts):
         skips, middle = nets[0](x, level.t, context, nets[0].condition(picture), scale=0.7)

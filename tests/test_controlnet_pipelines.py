@@ -23,8 +23,8 @@ from diffusers.models import MultiControlNetModel
 from PIL import Image
 from reference import assert_close, normal
 from test_pipeline import OF_RATIO, ends, equal, generators, landed, quiet, scenes_scheduler, scheduler_like
-from tiny_pairs import MODELS, OTHERS, PROMPT, SCENES, controlnets, scenes
-from tiny_tasks import TaskModels, box_mask, noise_of_float32, picture, with_scheduler
+from tiny_pairs import MODELS, OTHERS, PROMPT, SCENES, controlnets, scenes, with_scheduler
+from tiny_tasks import TaskModels, box_mask, noise_of_float32, picture
 
 import ldm
 from ldm.control import Control
@@ -399,7 +399,7 @@ def test_everything_at_once_equals_a_loop_written_out(models, together):
     request = {**TWO, "image": PICTURES, "mask": MASKS, "strength": 0.8}
     run = pipe.prepare(**request, control=controls, sampler="heun", steps=5, seed=5, together=together)
     steps = list(run.steps())
-    assert len(steps) == 4 and run.settings.first == 1 and run.settings.width == 48
+    assert len(steps) == 4 and run.rows.start == 1 and run.settings.width == 48
 
     contexts, edges = encoded(base, TWO), [seen_by(plain, each) for each in EDGES]
     image = torch.cat([2 * seen_by(plain, each).float() - 1 for each in PICTURES]).double()

@@ -231,7 +231,7 @@ MAY_IMPORT = {  # the folders follow the road: each station knows those before i
     "ldm.schedules": (*ALGEBRA, "ldm.schedules"),
     "ldm.sampling": (*ALGEBRA, "ldm.noise", "ldm.schedules"),
     "ldm.samplers": (*ALGEBRA, "ldm.noise", "ldm.schedules", "ldm.sampling", "ldm.samplers"),
-    "ldm.settings": (*ALGEBRA, "ldm.noise", "ldm.schedules", "ldm.sampling", "ldm.samplers"),
+    "ldm.settings": (*ALGEBRA, "ldm.noise", "ldm.schedules", "ldm.sampling", "ldm.samplers", "ldm.sizes"),
     "ldm.models": ("ldm.errors", "ldm.config", "ldm.models"),
     "ldm.text": ("ldm.errors", "ldm.config", "ldm.io", "ldm.text"),
     "ldm.io": ("ldm.errors", "ldm.io"),
@@ -249,7 +249,18 @@ MAY_IMPORT = {  # the folders follow the road: each station knows those before i
         "ldm.pictures",
         "ldm.schedules",
     ),
-    "ldm.network": (*ALGEBRA, "ldm.control", "ldm.guidance", "ldm.models", "ldm.schedules", "ldm.tiles"),
+    "ldm.sizes": ("ldm.errors",),
+    "ldm.precision": ("ldm.errors", "ldm.guidance", "ldm.models", "ldm.schedules"),
+    "ldm.network": (
+        *ALGEBRA,
+        "ldm.control",
+        "ldm.guidance",
+        "ldm.models",
+        "ldm.schedules",
+        "ldm.sizes",
+        "ldm.text",
+        "ldm.tiles",
+    ),
     "ldm.tasks": (
         *ALGEBRA,
         "ldm.conditions",
@@ -257,12 +268,15 @@ MAY_IMPORT = {  # the folders follow the road: each station knows those before i
         "ldm.models",
         "ldm.noise",
         "ldm.pictures",
+        "ldm.precision",
         "ldm.sampling",
         "ldm.schedules",
         "ldm.settings",
     ),
 }
-OF_THE_REFERENCE = {"parity.py", "depth.py"}  # the two places that may import diffusers and transformers, on use
+# The two places that may import diffusers and transformers, inside functions.
+OF_THE_REFERENCE = {"ldm.parity.reference", "ldm.conditions.depth"}
+LIBRARIES = {"diffusers", "transformers", "accelerate"}
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
@@ -311,9 +325,15 @@ def test_there_are_no_cycles():
 
 
 def test_the_reference_is_imported_nowhere_else():
-    for module, path in MODULES.items():
-        if path.name not in OF_THE_REFERENCE:
-            assert not imported(module, everything=True) & {"diffusers", "transformers", "accelerate"}, module
+    assert OF_THE_REFERENCE < MODULES.keys()
+    for module in MODULES.keys() - OF_THE_REFERENCE:
+        assert not imported(module, everything=True) & LIBRARIES, module
+
+
+@pytest.mark.parametrize("module", sorted(OF_THE_REFERENCE))
+def test_the_reference_is_imported_on_use_alone(module, tmp_path):
+    """Those two modules themselves can be imported where there is no reference."""
+    assert python(f"{BLOCK}\nimport {module}\n{NOTHING_CAME_IN}", cwd=tmp_path) == "done\n"
 
 
 def test_the_import_parser_sees_what_it_should():

@@ -280,8 +280,8 @@ BROKEN = {
     "a part too few": (index(unet=None, scheduler=None), "model_index.json lacks unet, scheduler"),
     "a part of nothing": (index(vae=[None, None], tokenizer=[]), "model_index.json lacks tokenizer, vae"),
     "a part too many": (
-        index(text_encoder_2=["transformers", "T5EncoderModel"]),
-        r"doesn't know: 'text_encoder_2' \(T5",
+        index(text_encoder_3=["transformers", "T5EncoderModel"]),
+        r"doesn't know: 'text_encoder_3' \(T5",
     ),
     "another class": (
         index(unet=["diffusers", "SD3Transformer2DModel"]),
@@ -344,9 +344,9 @@ BROKEN = {
         r"writes 77 tokens of 560 kinds, .* reads 77 of 500 kinds",
     ),
     "too long prompts": (config("text_encoder", max_position_embeddings=40), "the text encoder reads 40 of 560 kinds"),
-    "LCM": (config("unet", time_cond_proj_dim=16), r"asks for more than a prompt \(time_cond_proj_dim\)"),
+    "LCM": (config("unet", time_cond_proj_dim=16), r"missing time_embedding\.cond_proj\.weight"),
     "the upscaler": (config("unet", num_class_embeds=10), r"asks for more than a prompt \(num_class_embeds\)"),
-    "SDXL": (config("unet", **SDXL), r"asks for more than a prompt \(addition_embed_type\)"),
+    "SDXL": (config("unet", **SDXL), "reads a pooled vector, and the last text encoder has no projection"),
 }
 
 

@@ -360,7 +360,8 @@ OTHER, FOG = "a small blue fish", "fog"
 def parts(pipe, *prompts):
     """The network of each prompt, and the halves of all of them."""
     networks = [conditional(pipe.unet, pipe.encode([prompt])) for prompt in prompts]
-    return networks, halves_together(conditional(pipe.unet, pipe.encode(prompts)), len(prompts))
+    apart = torch.cat([pipe.encode([prompt]) for prompt in prompts])  # as the pipeline: a batch may have other bits
+    return networks, halves_together(conditional(pipe.unet, apart), len(prompts))
 
 
 def rescaled_by_hand(u, c):

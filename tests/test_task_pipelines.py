@@ -20,8 +20,8 @@ from diffusers import (
 from PIL import Image
 from reference import assert_close, normal, scheduler_of
 from test_pipeline import OF_RATIO, SAMPLERS, ends, equal, generators, landed, same_pixels
-from tiny_pairs import MODELS, OTHERS, PROMPT, SCENES, SD, scenes
-from tiny_tasks import NOISE_LEVELS, TASKS, TaskModels, box_mask, noise_of_float32, picture, with_scheduler
+from tiny_pairs import MODELS, OTHERS, PROMPT, SCENES, SD, scenes, with_scheduler
+from tiny_tasks import NOISE_LEVELS, TASKS, TaskModels, box_mask, noise_of_float32, picture
 
 import ldm
 from ldm.scenes import draw

@@ -27,6 +27,7 @@ from ldm.noise import Noise
 from ldm.pipeline import Pipeline
 from ldm.samplers.inverse import ddim_inverse
 from ldm.scenes import draw
+from ldm.schedules import ScheduleConfig, make_schedule
 from ldm.settings import Settings, choose_steps, run_of
 from ldm.tiles import in_tiles, ramp, starts
 
@@ -153,7 +154,7 @@ def test_a_run_begins_at_the_picture_with_the_noise_of_its_row(pipe):
     for strength, first in ((0.25, 6), (0.5, 4), (1.0, 0)):
         run = pipe.prepare(PROMPT, image=P, strength=strength, steps=8, seed=5, sampler="ddim")
         level = run.schedule[first]
-        assert run.settings.first == first
+        assert run.rows.start == first
         assert torch.equal(run.x, level.alpha * x0 + level.sigma * eps)
 
 
@@ -377,7 +378,7 @@ def test_the_size_drawn_is_the_picture_s_or_what_is_asked_for_in_its_proportions
         return settings.width, settings.height
 
     assert pipe.prepare(PROMPT, image=P).settings.strength == 0.8
-    assert pipe.prepare(PROMPT, image=P, mask=BOX).settings.strength == 1.0 and pipe.prepare(PROMPT).settings.first == 0
+    assert pipe.prepare(PROMPT, image=P, mask=BOX).settings.strength == 1.0 and pipe.prepare(PROMPT).rows.start == 0
     assert drawn(pipe) == (64, 64) and drawn(pipe, width=16) == (16, 64)
     assert drawn(pipe, image=picture(1, 50, 37)) == (48, 32)
     assert drawn(pipe, image=P, width=96) == (96, 64) and drawn(pipe, image=P, height=64) == (96, 64)
@@ -862,8 +863,13 @@ def test_what_is_given_as_a_path_an_array_or_a_picture_draws_the_same(pipe, tmp_
 def test_settings_know_the_row_they_begin_at():
     at = {"steps": 50, "sampler": "ddim", "rule": "ddim", "sigmas": "spaced", "timesteps": None, "compat": False}
     at |= {"prompt": ("",), "negative": ("",), "seeds": (0,), "guidance": 1.0, "eta": 0.0, "width": 8, "height": 8}
-    assert Settings(**at).first == 0
-    assert [Settings(**at, strength=s).first for s in (0, 0.02, 0.58, 1.0)] == [50, 49, 22, 0]
+    schedule = make_schedule(ScheduleConfig(), 50)
+    assert Settings(**at).rows(schedule) == range(50)
+    assert [Settings(**at, strength=s).rows(schedule).start for s in (0, 0.02, 0.58, 1.0)] == [50, 49, 22, 0]
+    # Shares of training's timesteps: 980, 960 ... 200, 180; a row on the border is the first one's.
+    assert [Settings(**at, denoising_end=s).rows(schedule).stop for s in (0.8, 0.7999, 0.81)] == [40, 40, 40]
+    assert [Settings(**at, denoising_start=s).rows(schedule).start for s in (0.8, 0.0001, 0.999)] == [40, 0, 49]
+    assert Settings(**at, denoising_start=0.5, denoising_end=0.8).rows(schedule) == range(25, 40)
 
 
 @pytest.mark.parametrize("task", ["depth", "edit"])

@@ -5,14 +5,25 @@ Both sides load the same folder: the reference with `from_pretrained`, ours with
 
 import json
 import os
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from reference import randomise
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import ldm
 from ldm.io.folders import read_json
@@ -20,6 +31,7 @@ from ldm.models.controlnet import ControlNet
 from ldm.pipeline import Pipeline
 from ldm.scenes import caption, sample
 from ldm.schedules import ScheduleConfig
+from ldm.settings import Defaults
 from ldm.train.vocabulary import save_vocabulary, train_vocabulary
 
 SCENES = Path(os.environ.get("LDM_SCENES", Path(__file__).parent.parent / "weights" / "scenes"))
@@ -83,6 +95,53 @@ def build(name: str, folder: Path) -> StableDiffusionPipeline:
     )
 
 
+# SDXL: two text encoders, the second of another width, which also makes the pooled vector; no attention on the finest
+# level, and other depths than 1. `numbers` is how many sizes the UNet is told. With SDXL's VAE told to be float32
+# (force_upcast), diffusers would leave float64 as well: here it isn't told so.
+POOLED, SIZE_WIDTH = 14, 6
+XL_UNET = UNET | {
+    "down_block_types": (DOWN, CROSS_DOWN, CROSS_DOWN),
+    "up_block_types": (CROSS_UP, CROSS_UP, UP),
+    "attention_head_dim": (2, 4, 3),
+    "transformer_layers_per_block": (1, 2, 3),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": SIZE_WIDTH,
+}
+SECOND = {"hidden_size": 20, "intermediate_size": 44, "num_hidden_layers": 4, "num_attention_heads": 2}
+XL = {"sdxl": (24 + 20, 6), "refiner": (20, 5)}  # the width of the text, and how many numbers are told
+
+
+def xl_unet(name: str, **fields) -> UNet2DConditionModel:
+    width, numbers = XL[name]
+    told = {"projection_class_embeddings_input_dim": numbers * SIZE_WIDTH + POOLED, "cross_attention_dim": width}
+    return randomise(UNet2DConditionModel(**XL_UNET | told | fields), seed=22).eval()
+
+
+def build_xl(name: str, folder: Path, **fields) -> DiffusionPipeline:
+    """The same for SDXL and its refiner; `fields` are the UNet's."""
+    tokenizers = []
+    for pad in ("<|endoftext|>", "!"):
+        write_tokenizer(folder / pad.strip("<|>"), pad)
+        tokenizers.append(CLIPTokenizer.from_pretrained(folder / pad.strip("<|>")))
+    first, second = tokenizers
+    ids = {"bos_token_id": first.bos_token_id, "eos_token_id": first.eos_token_id, "vocab_size": len(first)}
+    one = CLIPTextConfig(**TEXT, **ids, hidden_act="quick_gelu", pad_token_id=first.pad_token_id)
+    two = CLIPTextConfig(**SECOND, **ids, hidden_act="gelu", pad_token_id=0, projection_dim=POOLED)
+    parts = {
+        "tokenizer_2": second,
+        "text_encoder_2": randomise(CLIPTextModelWithProjection(two), seed=24).eval(),
+        "unet": xl_unet(name, **fields),
+        "vae": randomise(AutoencoderKL(**VAE, scaling_factor=0.13025, force_upcast=False), seed=23).eval(),
+        "scheduler": EulerDiscreteScheduler(**SD),
+    }
+    if name == "refiner":
+        parts |= {"tokenizer": None, "text_encoder": None, "requires_aesthetics_score": True}
+        return StableDiffusionXLImg2ImgPipeline(**parts, force_zeros_for_empty_prompt=False)
+    encoder = randomise(CLIPTextModel(one), seed=21).eval()
+    return StableDiffusionXLPipeline(tokenizer=first, text_encoder=encoder, **parts)
+
+
 @dataclass
 class Models:
     """The folders below `root`, and what was loaded from them, kept for the session: don't change it, copy it."""
@@ -93,13 +152,14 @@ class Models:
     def folder(self, name: str) -> Path:
         folder = self.root / name
         if not (folder / "model_index.json").exists():
-            build(name, self.root / f"{name}-parts").save_pretrained(folder)
+            make = build_xl if name in XL else build
+            make(name, self.root / f"{name}-parts").save_pretrained(folder)
         return folder
 
-    def reference(self, name: str, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    def reference(self, name: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
         key = ("reference", name, dtype)
         if key not in self.loaded:
-            pipe = StableDiffusionPipeline.from_pretrained(self.folder(name), torch_dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(self.folder(name), torch_dtype=dtype)
             pipe.set_progress_bar_config(disable=True)
             self.loaded[key] = pipe
         return self.loaded[key]
@@ -114,8 +174,9 @@ class Models:
 def with_scheduler(pipe: Pipeline, scheduler) -> Pipeline:
     """The same parts with the schedule that diffusers' `scheduler` would write into its folder, and no defaults."""
     fields = json.loads(scheduler.to_json_string()) | {"_class_name": type(scheduler).__name__}
-    config = ScheduleConfig.from_json(fields)
-    return Pipeline(pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.vae, config)
+    other = copy(pipe)
+    other.scheduler, other.defaults, other.watchers = ScheduleConfig.from_json(fields), Defaults(), []
+    return other
 
 
 def controlnets(

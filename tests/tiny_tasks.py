@@ -5,7 +5,6 @@ picture (9). Both sides are of the same folder; the plain ones, of 4 channels, a
 """
 
 import inspect
-import json
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +31,6 @@ from tiny_pairs import MODELS, UNET, Models, build
 
 import ldm
 from ldm.pipeline import Pipeline
-from ldm.schedules import ScheduleConfig
 
 NOISE_LEVELS = 100
 LOW_RES = {"beta_start": 0.0002, "beta_end": 0.03, "beta_schedule": "squaredcos_cap_v2"}  # another than the model's own
@@ -110,13 +108,6 @@ class TaskModels:
         if (name, dtype) not in self.loaded:
             self.loaded[name, dtype] = ldm.load(self.folder(name), dtype)
         return self.loaded[name, dtype]
-
-
-def with_scheduler(pipe: Pipeline, scheduler) -> Pipeline:
-    """The same parts with the schedule that diffusers' `scheduler` would write into its folder, and no defaults."""
-    fields = json.loads(scheduler.to_json_string()) | {"_class_name": type(scheduler).__name__}
-    config = ScheduleConfig.from_json(fields)
-    return Pipeline(pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.vae, config, low_res=pipe.low_res)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ldm.errors import LDMError
+from ldm.settings import run_of
 
 if TYPE_CHECKING:
     from ldm.lab.trace import Trace
@@ -97,7 +98,7 @@ def headline(settings: "Settings", picture: int, led: bool) -> str:
     if s.negative[picture] and s.guidance > 1:
         parts.append(f"away from “{s.negative[picture]}”")
     if s.strength is not None:
-        parts.append(f"strength {s.strength:g}, so {s.steps - s.first} of the steps")
+        parts.append(f"strength {s.strength:g}, so {run_of(s.steps, s.strength)} of the steps")
     parts += ["led by ControlNet"] if led else []
     return " · ".join([*parts, f"{s.width} × {s.height} pixels"])
 

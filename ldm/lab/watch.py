@@ -203,8 +203,9 @@ class Watcher:
             self.by_hand = None
         self.record.calls.append(self.call)
         if given.get("residuals") is not None:
-            skips, middle = given["residuals"]
-            self.call.residuals = torch.stack([norms_of_rows(each) for each in (*skips, middle)])
+            skips, middle, *_ = given["residuals"]  # and an adapter's features, which are not measured
+            if skips is not None:
+                self.call.residuals = torch.stack([norms_of_rows(each) for each in (*skips, middle)])
 
     def _by_hand(self, number: int, x: Tensor, t: object) -> Call:
         """A call that no run of ours asked for. Such calls in a row, of one shape, count as the steps of one run."""

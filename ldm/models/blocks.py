@@ -29,6 +29,18 @@ def timestep_embedding(t: Tensor, width: int, flip_sin_to_cos: bool = True, freq
     return torch.cat(waves, dim=-1)
 
 
+def guidance_embedding(scale: Tensor, width: int) -> Tensor:
+    """Sinusoids of 1000 * (`scale` - 1) (B,), the guidance scale that a distilled UNet is told: (B, width), float32.
+
+    Meng et al. 2023 (distillation of guided models), section 3.1, as LCM has it (Luo et al. 2023, section 4.3): from
+    frequency 1 down to the very 1/10000, and sines first.
+    """
+    half = width // 2
+    step = torch.log(torch.tensor(10000.0)) / (half - 1)  # in float32, and in this order, as LCM's training had it
+    angle = (scale.float() - 1)[:, None] * 1000 * (torch.arange(half, dtype=torch.float32) * -step).exp()
+    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=-1), (0, width % 2))
+
+
 class TimestepMLP(nn.Module):
     """Two linear layers with SiLU between them: sinusoids -> the embedding that every ResNet block is given."""
 
@@ -72,13 +84,15 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention softmax(q k^T / sqrt(head width)) v (Vaswani et al. 2017, equation 1).
 
-    Self-attention where `context` is None, cross-attention from `x` to the text otherwise.
+    Self-attention where `context` is None, cross-attention from `x` to the text otherwise. `rows`: so many positions of
+    `x` look at once, where the scores of all, (B, heads, N, L), would be too large (`ldm.memory.slice_attention`).
     """
 
     def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = False):
         super().__init__()
         self.heads = heads
         self.is_cross = context_width is not None
+        self.rows: int | None = None
         self.to_q = nn.Linear(width, width, bias=bias)
         self.to_k = nn.Linear(context_width or width, width, bias=bias)
         self.to_v = nn.Linear(context_width or width, width, bias=bias)
@@ -92,7 +106,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:  # x (B, N, C)
         k, v = context[self] if isinstance(context, Mapping) else self.keys_values(x if context is None else context)
-        h = F.scaled_dot_product_attention(self.split_heads(self.to_q(x)), k, v)
+        if self.rows is None:
+            h = F.scaled_dot_product_attention(self.split_heads(self.to_q(x)), k, v)
+        else:  # a softmax runs over the keys, so the queries may come in slices: the same numbers
+            slices = self.split_heads(self.to_q(x)).split(self.rows, dim=2)
+            h = torch.cat([F.scaled_dot_product_attention(q, k, v) for q in slices], dim=2)
         return self.to_out[0](h.transpose(1, 2).flatten(2))  # (B, N, C)
 
 

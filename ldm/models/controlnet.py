@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.errors import LDMError
 from ldm.models.blocks import Context
-from ldm.models.unet import EncoderConfig, Extras, Residuals, UNet, UNetConfig, UNetEncoder
+from ldm.models.unet import EncoderConfig, Extras, UNet, UNetConfig, UNetEncoder
 from ldm.models.vae import VAEConfig
 
 
@@ -111,8 +111,8 @@ class ControlNet(UNetEncoder):
         extras: Extras = Extras(),
         scale: float = 1.0,
         guess: bool = False,
-    ) -> Residuals:
-        """The residuals for the UNet that reads the same `x` (B, C, h, w), `t` and `context`.
+    ) -> tuple[list[Tensor], Tensor]:
+        """The residuals (skips, middle) for the UNet that reads the same `x` (B, C, h, w), `t` and `context`.
 
         `features` is what `condition` made of the picture. `guess` weighs them from 0.1 at the finest level to 1 at the
         middle (the authors' guess mode), so that the picture's contents count more than its details.

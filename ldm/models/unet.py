@@ -5,6 +5,7 @@ those of diffusers' `UNet2DConditionModel`. Shapes: B batch, C channels, H heigh
 E embedding width.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, NamedTuple
 
@@ -146,7 +147,12 @@ class UNetConfig(EncoderConfig):
     blocks: ClassVar[dict] = {**EncoderConfig.blocks, "up_block_types": (UP, CROSS_UP)}
 
 
-Residuals = tuple[list[Tensor], Tensor]  # what a ControlNet adds to every skip, and to the middle block's output
+class Residuals(NamedTuple):
+    """What is added inside the UNet. ControlNets give the first two, a pair (skips, middle); T2I-Adapters the third."""
+
+    skips: Sequence[Tensor] | None = None  # to every skip, when the way down is done
+    middle: Tensor | None = None  # to the middle block's output
+    levels: Sequence[Tensor] = ()  # on the way down, one a level from the first one on; a last one behind the middle
 
 
 class Extras(NamedTuple):
@@ -156,6 +162,11 @@ class Extras(NamedTuple):
     time_ids: Tensor | None = None  # SDXL: original size, crop, target size (B, 6)
     class_labels: Tensor | None = None  # x4 upscaler: the noise level of the small picture (B,)
     guidance: Tensor | None = None  # LCM: the embedded guidance scale (B, time_cond_proj_dim)
+
+    @classmethod
+    def join(cls, parts: Sequence["Extras"]) -> "Extras":
+        """Those of all parts of a batch, one part after the other."""
+        return cls(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 class UNetLevel(nn.Module):
@@ -185,14 +196,18 @@ class DownLevel(UNetLevel):
         last = level == len(channels) - 1
         self.downsamplers = None if last else nn.ModuleList([Downsample(width)])
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context) -> list[Tensor]:
-        """The output of every layer; the last of them goes on."""
+    def forward(self, x: Tensor, emb: Tensor, context: Context, feature: Tensor | None = None) -> list[Tensor]:
+        """The output of every layer; the last of them goes on. `feature`: what an adapter adds to one of them."""
         outputs = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, emb, context)
             outputs.append(x)
+        if feature is not None and self.attentions is not None:
+            outputs[-1] = outputs[-1] + feature
         if self.downsamplers is not None:
-            outputs.append(self.downsamplers[0](x))  # (B, C, H/2, W/2)
+            outputs.append(self.downsamplers[0](outputs[-1]))  # (B, C, H/2, W/2)
+        if feature is not None and self.attentions is None:  # such a level was trained with it behind its downsampling
+            outputs[-1] = outputs[-1] + feature
         return outputs
 
 
@@ -287,12 +302,16 @@ class UNetEncoder(nn.Module):
             emb = emb + self.add_embedding(torch.cat([extras.pooled, ids], dim=-1))
         return emb
 
-    def encode(self, h: Tensor, emb: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
-        """From the first convolution's output: the middle block's output, and all that the way up will take."""
+    def encode(
+        self, h: Tensor, emb: Tensor, context: Context, features: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """From conv_in's output, and an adapter's `features`: the middle's output, and all that the way up takes."""
+        *inside, behind = [*features, *[None] * (len(self.down_blocks) + 1 - len(features))]
         skips = [h]
-        for level in self.down_blocks:
-            skips += level(skips[-1], emb, context)
-        return self.mid_block(skips[-1], emb, context), skips
+        for level, feature in zip(self.down_blocks, inside, strict=True):
+            skips += level(skips[-1], emb, context, feature)
+        middle = self.mid_block(skips[-1], emb, context)
+        return middle if behind is None else middle + behind, skips
 
 
 class UNet(UNetEncoder):
@@ -311,18 +330,20 @@ class UNet(UNetEncoder):
         t: Tensor,
         context: Context,
         extras: Extras = Extras(),
-        residuals: Residuals | None = None,
+        residuals: Residuals | tuple[list[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """`x` (B, C, H, W) noisy latents, `t` (B,) or a number, `context` (B, L, D) or what `prepare` made of it.
 
-        `residuals`: a ControlNet's additions to the skips and to the middle. Returns (B, out_channels, H, W).
+        `residuals`: what ControlNets and adapters add. Returns (B, out_channels, H, W).
         """
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         emb = self.embed(t, extras)
-        h, skips = self.encode(self.conv_in(x), emb, context)
-        if residuals is not None:
-            skips = [skip + extra for skip, extra in zip(skips, residuals[0], strict=True)]
-            h = h + residuals[1]
+        added = Residuals() if residuals is None else Residuals(*residuals)
+        h, skips = self.encode(self.conv_in(x), emb, context, added.levels)
+        if added.skips is not None:
+            skips = [skip + extra for skip, extra in zip(skips, added.skips, strict=True)]
+        if added.middle is not None:
+            h = h + added.middle
         for level in self.up_blocks:
             h = level(h, skips, emb, context)
         return self.conv_out(F.silu(self.conv_norm_out(h)))

@@ -176,12 +176,14 @@ class VAE(nn.Module):
     """Pictures in [-1, 1] to latents and back.
 
     `encode` and `decode` speak the *diffusion model's* latents: shifted and scaled to about unit variance.
-    `posterior` and `reconstruct` speak the raw ones.
+    `posterior` and `reconstruct` speak the raw ones. `one_by_one`: the pictures of a batch go through one after the
+    other, in the memory of one (`ldm.memory.slice_vae`).
     """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
+        self.one_by_one = False
         n = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -190,6 +192,9 @@ class VAE(nn.Module):
 
     def posterior(self, image: Tensor) -> Gaussian:
         """The distribution of raw latents for `image` (B, 3, H, W) in [-1, 1]."""
+        if self.one_by_one and len(image) > 1:
+            alone = [self.posterior(each) for each in image.split(1)]
+            return Gaussian(*(torch.cat(rows) for rows in zip(*alone, strict=True)))
         moments = self.encoder(image)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
@@ -198,6 +203,8 @@ class VAE(nn.Module):
 
     def reconstruct(self, z: Tensor) -> Tensor:
         """Raw latents (B, latent, h, w) -> picture (B, 3, H, W), about [-1, 1]."""
+        if self.one_by_one and len(z) > 1:
+            return torch.cat([self.reconstruct(each) for each in z.split(1)])
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:

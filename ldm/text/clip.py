@@ -212,6 +212,10 @@ class TextEncoder(nn.Module):
         if config.with_projection:
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.final_layer_norm.weight.dtype
+
     def forward(self, ids: Tensor) -> TextStates:
         """`ids` (B, L), begin and end of text included."""
         hidden = [self.embeddings(ids)]
@@ -233,11 +237,17 @@ class TextEncoder(nn.Module):
 
     def context(self, ids: Tensor, clip_skip: int = 0) -> Tensor:
         """What the UNet reads: (B, L, C), the output of the last layer or of `clip_skip` layers earlier, normed."""
-        if not 0 <= clip_skip < len(self.encoder.layers) + 1:
-            raise LDMError(
-                f"clip_skip {clip_skip} asked for, but the text encoder has {len(self.encoder.layers)} layers."
-            )
-        return self.final_layer_norm(self(ids).hidden[-1 - clip_skip])
+        return self.final_layer_norm(self.earlier(self(ids), clip_skip))
+
+    def earlier(self, states: TextStates, layers: int, clip_skip: int | None = None) -> Tensor:
+        """The output (B, L, C) of so many layers before the last, not normed. Raises LDMError if there aren't so many.
+
+        `clip_skip` is the number in that sentence, where it isn't `layers`.
+        """
+        if not 0 <= layers < len(states.hidden):
+            asked = layers if clip_skip is None else clip_skip
+            raise LDMError(f"clip_skip {asked} asked for, but the text encoder has {len(states.hidden) - 1} layers.")
+        return states.hidden[-1 - layers]
 
     @staticmethod
     def rename(key: str) -> str | None:

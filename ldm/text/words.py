@@ -1,0 +1,65 @@
+"""Sentences become what the UNet reads: by one text encoder, or by SDXL's two side by side.
+
+    Stable Diffusion 1, 2    the last layer's output, normed. (Folders of SD 2 leave out the last of OpenCLIP's 24
+                             layers, for it was trained on the last but one.)
+    SDXL                     the last but one of each encoder, not normed, side by side; and the second's pooled vector
+    its refiner              the same of the second encoder alone
+
+Shapes: B prompts, L tokens (77), D the encoders' widths together, J the second's joint space.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.errors import say_on_stderr
+from ldm.text.clip import TextEncoder
+from ldm.text.tokenizer import Tokenizer
+
+
+class Words(NamedTuple):
+    """What text encoders say of a batch of prompts."""
+
+    context: Tensor  # (B, L, D), read by cross-attention
+    pooled: Tensor | None = None  # (B, J), of SDXL: the whole prompt as one vector
+
+
+class Reader(NamedTuple):
+    """A text encoder, and the tokenizer it was trained with: SDXL's two pad in different ways."""
+
+    tokenizer: Tokenizer
+    encoder: TextEncoder
+
+
+def read(
+    readers: Sequence[Reader], prompts: Sequence[str], device: torch.device, clip_skip: int = 0, xl: bool = False
+) -> Words:
+    """What Stable Diffusion reads of each prompt, or SDXL (`xl`; Podell et al. 2023, section 2.1).
+
+    `clip_skip` leaves out so many more layers. Says on stderr what was cut off behind the 77th token.
+    """
+    said, contexts, pooled = {}, [], None
+    for tokenizer, encoder in readers:
+        tokens = tokenizer(list(prompts))
+        said |= dict.fromkeys(
+            f"The prompt is longer than {tokenizer.max_length} tokens; this part is not read: {cut!r}"
+            for cut in tokens.cut
+            if cut
+        )
+        ids = tokens.ids.to(device)
+        if not xl:
+            contexts.append(encoder.context(ids, clip_skip))
+            continue
+        states = encoder(ids)
+        contexts.append(encoder.earlier(states, 1 + clip_skip, clip_skip))
+        pooled = states.pooled  # the last encoder's is kept
+    for sentence in said:
+        say_on_stderr(sentence)
+    return Words(torch.cat([context.to(contexts[-1]) for context in contexts], dim=-1), pooled)
+
+
+def nothing(words: Words) -> Words:
+    """Zeros in the words' place: what SDXL was shown where a picture's caption was dropped."""
+    return Words(*(None if each is None else torch.zeros_like(each) for each in words))

@@ -1,0 +1,193 @@
+"""Base and refiner after each other: equal to diffusers' `denoising_end` and `denoising_start` under `compat`, and by
+default handed over at the very level that the latent has."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from reference import assert_close
+from test_pipeline import OF_RATIO, equal, generators, landed
+from test_sdxl import F64, NEGATIVE, PROMPTS, SIZE, run_diffusers, run_ours, scheduler_like
+from tiny_pairs import PROMPT, with_scheduler
+
+import ldm
+from ldm.ensemble import Ensemble, taken_over
+from ldm.errors import LDMError
+from ldm.schedules.table import stays
+from ldm.sizes import Sizes
+
+REQUEST = {"prompt": PROMPTS, "negative": NEGATIVE, "guidance": 3.0}
+
+
+def pair(models, sampler, spacing, n, m, dtype=F64):
+    """The base's scheduler for n steps and the refiner's for m, and our pipelines with them."""
+    schedulers = [scheduler_like(sampler, spacing, steps, dtype) for steps in (n, m)]
+    told = schedulers[0][1]
+    schedulers = [scheduler for scheduler, _ in schedulers]
+    ours = [
+        with_scheduler(models.ours(name, dtype), s) for name, s in zip(("sdxl", "refiner"), schedulers, strict=True)
+    ]
+    return schedulers, ours, told
+
+
+def run_both(models, sampler, spacing, n, m, at, dtype=F64):
+    """diffusers' ensemble: the base's latents and the refiner's, in our coordinates, and the pixels."""
+    schedulers, _, told = pair(models, sampler, spacing, n, m, dtype)
+    gs = generators(2)
+    base = {**REQUEST, **SIZE, **told, "denoising_end": at, "generator": gs}
+    first, _ = run_diffusers(StableDiffusionXLPipeline, models.reference("sdxl", dtype), schedulers[0], n, base, dtype)
+    refine = {**REQUEST, **told, "denoising_start": at, "generator": gs, "image": first[-1]}
+    refiner = models.reference("refiner", dtype)
+    second, pixels = run_diffusers(StableDiffusionXLImg2ImgPipeline, refiner, schedulers[1], m, refine, dtype)
+    if not type(schedulers[0]).__name__.startswith(OF_RATIO):
+        return first, second, pixels
+    ends, starts = landed(schedulers[0], n), landed(schedulers[1], m)[m - len(second) :]
+    first = [x / (sigma**2 + 1) ** 0.5 for x, sigma in zip(first, ends, strict=False)]
+    return first, [x / (sigma**2 + 1) ** 0.5 for x, sigma in zip(second, starts, strict=True)], pixels
+
+
+CASES = [  # sampler, spacing, steps of the base and of the refiner, share
+    ("ddim", "leading", 10, 10, 0.8),
+    ("ddim", "leading", 8, 11, 0.7),
+    ("euler", "leading", 10, 10, 0.8),
+    ("euler", "trailing", 7, 12, 0.65),
+    ("ddim eta=0.6", "leading", 6, 6, 0.5),
+    ("euler-a", "leading", 9, 6, 0.6),
+    ("dpm++2m", "leading", 9, 9, 0.8),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_under_compat_the_ensemble_equals_diffusers(models, case, capsys):
+    sampler, spacing, n, m, at = case
+    first, second, pixels = run_both(models, *case)
+    _, (base, refiner), told = pair(models, sampler, spacing, n, m)
+    two = Ensemble(base, refiner, at)
+    steps = list(two.steps(**REQUEST, **SIZE, **told, seed=5, steps=n, compat=True, refined={"steps": m}))
+    assert len(steps) == len(first) + len(second) and len(second) > 0
+    equal([step.x for step in steps[: len(first)]], first, 1e-11)
+    mismatch = not stays(steps[len(first)].level, steps[len(first) - 1].next)
+    assert mismatch == (n != m)
+    assert ("is told that its latent is at" in capsys.readouterr().err) == mismatch
+    equal([step.x for step in steps[len(first) :]], second, 1e-11)
+    result = two(**REQUEST, **SIZE, **told, seed=5, steps=n, compat=True, refined={"steps": m})
+    drawn = np.stack([np.asarray(image) for image in result.images])
+    assert np.abs(drawn - pixels).max() == 0 and pixels.std() > 20
+
+
+def test_latents_given_by_hand_begin_where_diffusers_begins(models):
+    """Without an `Ensemble`: denoising_end, the latents as image, denoising_start; each side with the same table."""
+    first, second, _ = run_both(models, "ddim", "leading", 10, 10, 0.8)
+    _, (base, refiner), _ = pair(models, "ddim", "leading", 10, 10)
+    half = run_ours(base, 10, {**REQUEST, **SIZE, "denoising_end": 0.8})[0]
+    equal(half, first, 1e-11)
+    rest = run_ours(refiner, 10, {**REQUEST, "image": half[-1], "denoising_start": 0.8})[0]
+    equal(rest, second, 1e-11)
+    middle = run_ours(base, 10, {**REQUEST, "image": half[4], "denoising_start": 0.5, "denoising_end": 0.8})[0]
+    equal(middle, first[5:], 1e-11)
+
+
+def test_by_default_the_refiner_begins_at_the_level_that_is_handed_over(models, capsys):
+    _, (base, refiner), _ = pair(models, "ddim", "leading", 8, 11)
+    steps = list(Ensemble(base, refiner, 0.7).steps(**REQUEST, **SIZE, seed=5, steps=8, refined={"steps": 11}))
+    levels = [step.level for step in steps]
+    k = next(k for k in range(1, len(steps)) if steps[k].level.i == 0)
+    assert levels[k][1:] == steps[k - 1].next[1:] and torch.equal(steps[k].x_before, steps[k - 1].x)
+    own = refiner.schedule(11).levels
+    assert [level[1:] for level in levels[k + 1 :]] == [row[1:] for row in own if row.ratio < levels[k].ratio][:-1]
+    assert steps[-1].next.sigma == own[-1].sigma
+    said = capsys.readouterr().err
+    assert f"stops at t = {levels[k].t:g}" in said and f"to {levels[k + 1].t:g}" in said
+
+
+def test_equal_tables_are_handed_over_without_a_word(models, capsys):
+    """And then by default and under compat it is the same run, of which nothing is lost or done twice."""
+    _, (base, refiner), _ = pair(models, "dpm++2m", "leading", 10, 10)
+    options = {**REQUEST, **SIZE, "seed": 5, "steps": 10}
+    plain = list(Ensemble(base, refiner).steps(**options))
+    compat = list(Ensemble(base, refiner).steps(**options, compat=True))
+    assert capsys.readouterr().err == ""
+    assert (
+        [step.level.t for step in plain]
+        == [step.level.t for step in compat]
+        == [r.t for r in base.schedule(10).levels[:-1]]
+    )
+    for a, b in zip(plain, compat, strict=True):
+        assert_close(a.x, b.x, 1e-11 * b.x.abs().max().item())
+    alone = list(base.steps(**options))
+    same = sum(torch.equal(a.x, b.x) for a, b in zip(plain, alone, strict=True))
+    assert same == Ensemble(base, refiner).count(base.settings(**options), {}) - 2 == 8  # then the refiner's own
+
+
+def test_an_ensemble_of_one_model_is_that_model(models):
+    """Nothing is added or lost where it hands over to itself, also with noise on the way."""
+    pipe = with_scheduler(models.ours("sdxl", F64), scheduler_like("ddim", "leading", 10, F64)[0])
+    for sampler in ("ddim", "euler-a", "ddpm"):
+        options = {**REQUEST, **SIZE, "seed": 5, "steps": 10, "sampler": sampler}
+        whole, two = list(pipe.steps(**options)), list(Ensemble(pipe, pipe, 0.7).steps(**options))
+        assert all(torch.equal(a.x, b.x) for a, b in zip(whole, two, strict=True)), sampler
+
+
+def test_the_refiner_is_told_its_score_and_the_base_s_sizes_stay_there(models):
+    _, (base, refiner), _ = pair(models, "ddim", "leading", 5, 5)
+    options = {**REQUEST, **SIZE, "seed": 5, "steps": 5, "sizes": Sizes(original=(20, 10))}
+    two = Ensemble(base, refiner)
+    plain = two(**options).x0
+    ugly = two(**options, refined={"sizes": Sizes(score=1.0)}).x0
+    assert (plain - ugly).abs().max() > 1e-6 * plain.abs().max()  # rounding is below 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+def test_a_mask_of_the_base_s_is_kept_by_the_pair(models, dtype):
+    from tiny_tasks import box_mask, picture
+
+    image, mask = picture(1, 48, 32), box_mask(48, 32, 8, 8, 24, 24)
+    two = Ensemble(models.ours("sdxl", dtype), models.ours("refiner", dtype), 0.5)
+    found = two(PROMPT, image=image, mask=mask, steps=4, seed=1).images[0]
+    kept, given, drawn = np.asarray(mask) < 128, np.asarray(image), np.asarray(found)
+    assert (drawn[kept] == given[kept]).all() and (drawn[~kept] != given[~kept]).mean() > 0.5
+
+
+WRONG = {
+    "no share": ({"denoising_end": 1.5}, "denoising_end must be a share of the road above 0 and below 1"),
+    "a word": ({"denoising_start": "late", "image": True}, "denoising_start must be a share"),
+    "nothing between": ({"denoising_start": 0.8, "denoising_end": 0.5, "image": True}, "nothing is left between them"),
+    "no latents": ({"denoising_start": 0.8}, "goes on from latents on the way"),
+    "a strength": ({"denoising_start": 0.8, "image": True, "strength": 0.5}, "knows no strength"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_shares_that_cannot_be_are_refused(models, what):
+    options, sentence = WRONG[what]
+    if "image" in options:
+        options = {**options, "image": torch.zeros(1, 4, 4, 6)}
+    with pytest.raises(LDMError, match=sentence):
+        models.ours("sdxl").prepare(PROMPT, steps=4, **options)
+
+
+def test_what_cannot_be_handed_over_is_refused(models):
+    base, refiner = models.ours("sdxl"), models.ours("refiner")
+    *_, step = base.steps(PROMPT, steps=5, denoising_end=0.6, **SIZE)
+    for options, sentence in (
+        ({"image": "x.png"}, "leave image out"),
+        ({"strength": 0.3}, "leave strength out"),
+        ({"denoising_start": 0.6}, "leave denoising_start out"),
+        ({"compat": True}, "the row that denoising_start says"),
+        ({"count": 2}, "Latents of 1 pictures are handed over, for 2"),
+        ({"seed": 1, "width": 64, "height": 64}, "The latents given are of 48x32 pixels"),
+    ):
+        with pytest.raises(LDMError, match=sentence):
+            refiner.prepare(PROMPT, handed=step, steps=5, **options)
+    with pytest.raises(LDMError, match="has no row below it"):
+        taken_over(refiner.schedule(3), refiner.schedule(3).levels[-1])
+    with pytest.raises(LDMError, match="itself says where its halves meet"):
+        Ensemble(base, refiner)(PROMPT, denoising_end=0.5)
+    with pytest.raises(LDMError, match="No step of the base's 1 lies before"):
+        Ensemble(base, refiner, 0.0001)(PROMPT, steps=1, sampler="ddim", **SIZE)
+    with pytest.raises(LDMError, match="latents of different kinds"):
+        Ensemble(base, models.ours("sd1"))
+
+
+def test_ldm_has_the_ensemble_among_its_names():
+    assert ldm.Ensemble is Ensemble and ldm.Sizes is Sizes
