@@ -108,6 +108,7 @@ def test_the_png_says_how_it_was_made(cli, model):
         "prompt": HOUSE, "negative": "a tree", "seed": 7, **DEFAULTS, "eta": 0.0, "width": SIZE, "height": 2 * SIZE,
         "rule": "ddim", "sigmas": "spaced", "timesteps": None, "compat": False, "clip_skip": 0, "dtype": "float32",
         "strength": None, "image_guidance": None, "noise_level": None, "given": {}, "pictures": [],
+        "sizes": None, "negative_sizes": None,
         "model": str(model), "model_hash": folder_hash(model), "device": "cpu", "batch": 1,
         "version": ldm.__version__, "torch": str(torch.__version__),
         "pixels": pixel_hash(Image.open("a.png")),

@@ -102,7 +102,7 @@ def cli(model, load, tmp_path, monkeypatch, capsys):
 
     def run(*words, status=0, model=model):
         words = [str(word) for word in words]
-        named = ["--model", str(model)] if words[0] == "generate" else []
+        named = ["--model", str(model)] if words[0] == "generate" and "--model" not in words else []
         found = main([*words, *named])
         out, err = capsys.readouterr()
         assert found == status, err
@@ -894,3 +894,89 @@ def test_a_finished_condition_that_looks_wrong_for_its_kind_is_said(cli, nets, w
     assert cli("generate", HOUSE, "--control", f"as-is-canny@{nets[0]}:edges.png", "--out", "b.png").err == ""
     cli("generate", HOUSE, "--control", f"canny@{nets[0]}:photo.png", "--out", "c.png")
     assert np.array_equal(pixels("b.png"), pixels("c.png"))
+
+
+# ------------------------------------------------------------------------------------------------------ SDXL
+
+
+@pytest.fixture(scope="module")
+def xl(models):
+    """(the tiny SDXL, its refiner): folders."""
+    return models.folder("sdxl"), models.folder("refiner")
+
+
+XL = ("--steps", 5, "--width", 48, "--height", 32, "--sampler", "ddim")
+
+
+def test_sdxl_is_drawn_told_of_sizes_and_drawn_again(cli, xl):
+    sizes = ("--sizes", "original=300x200,crop=7x3", "--negative-sizes", "original=90x80,target=66x77")
+    cli("generate", HOUSE, "--model", xl[0], *XL, *sizes, "--negative", "fog", "--seed", 3, "--out", "a.png")
+    pipe = ldm.load(xl[0])
+    told = {"sizes": ldm.Sizes((200, 300), (3, 7)), "negative_sizes": ldm.Sizes((80, 90), target=(77, 66))}
+    drawn = {"steps": 5, "width": 48, "height": 32, "sampler": "ddim", "seed": 3}
+    expected = pipe(HOUSE, negative="fog", **drawn, **told).images[0]
+    assert pixel_hash(Image.open("a.png")) == pixel_hash(expected)
+    found = read_settings("a.png")
+    assert found["sizes"] == {"original": [200, 300], "crop": [3, 7], "target": [32, 48], "score": None}
+    assert found["negative_sizes"] == {"original": [80, 90], "crop": [3, 7], "target": [77, 66], "score": None}
+    assert cli("rerun", "a.png").out == "a.png: identical.\n"
+    cli("generate", HOUSE, "--model", xl[0], *XL, "--seed", 3, "--out", "b.png")  # no negative words: zeros
+    assert read_settings("b.png")["negative"] is None
+    assert pixel_hash(Image.open("b.png")) == pixel_hash(pipe(HOUSE, **drawn).images[0])
+    assert cli("rerun", "b.png").out == "b.png: identical.\n"
+    cli("generate", HOUSE, "--model", xl[0], *XL, "--seed", 3, "--negative", "", "--out", "c.png")
+    assert pixel_hash(Image.open("c.png")) != pixel_hash(Image.open("b.png"))
+
+
+def test_a_refiner_draws_the_end_of_the_road(cli, xl):
+    words = ("--refiner", xl[1], "--hand-over", 0.6, "--refiner-steps", 7)
+    out = cli(
+        "generate", HOUSE, "--model", xl[0], *XL, *words, "--count", 2, "--save-steps", "in", "--out", "pictures/"
+    )
+    two = ldm.Ensemble(ldm.load(xl[0]), ldm.load(xl[1]), 0.6)
+    drawn = {"steps": 5, "width": 48, "height": 32, "sampler": "ddim", "count": 2}
+    expected = two(HOUSE, **drawn, refined={"steps": 7}).images
+    assert [pixel_hash(Image.open(path)) for path in out.lines] == [pixel_hash(image) for image in expected]
+    assert "The base stops at t = 249.75" in out.err
+    steps = len(list(two.steps(HOUSE, **drawn, refined={"steps": 7})))
+    assert len(list(Path("in").glob("*/step-*.png"))) == 2 * steps
+    record = read_settings(out.lines[0])
+    assert record["given"]["refiner"] == folder_hash(xl[1]) and record["given"]["hand_over"] == 0.6
+    assert cli("rerun", out.lines[0]).out.startswith(f"{out.lines[0]}: ")
+    again = cli(
+        "generate", HOUSE, "--model", xl[0], *XL, *words, "--count", 2, "--save-steps", "in", "--out", "pictures/"
+    )
+    assert "2 of 2 pictures are drawn already" in again.err
+    other = cli("generate", HOUSE, "--model", xl[0], *XL, "--out", "pictures/", status=1)
+    assert "was drawn with other settings" in other.err
+
+
+XL_REFUSED = {
+    "hand over to nobody": (["--hand-over", 0.5], "say --refiner FOLDER, or leave them out"),
+    "steps of nobody": (["--refiner-steps", 5], "say --refiner FOLDER, or leave them out"),
+    "no refiner there": (["--refiner", "nowhere"], "There is no model 'nowhere'"),
+    "refined and enlarged": (["--refiner", "REFINER", "--enlarge", 2], "do one after the other"),
+    "a share beyond the end": (["--refiner", "REFINER", "--hand-over", 1.5], "--hand-over must be between"),
+    "sizes of no kind": (["--sizes", "original=9"], "must read original=WIDTHxHEIGHT"),
+    "a score for the base": (["--sizes", "score=6"], "The score in sizes means nothing to this model"),
+    "a dtype of no part": (["--dtype", "float32,vea=float16"], "A dtype is given for 'vea'"),
+    "a dtype that is none": (["--dtype", "float32,vae=float8"], "must be float32 or"),
+    "a dtype of nothing": (["--dtype", "float32,vae"], "must read DTYPE,PART=DTYPE"),
+}
+
+
+@pytest.mark.parametrize("what", XL_REFUSED)
+def test_what_cannot_be_said_of_sdxl_is_refused(cli, xl, what):
+    words, sentence = XL_REFUSED[what]
+    words = [xl[1] if word == "REFINER" else word for word in words]
+    status = (
+        2 if what in ("a share beyond the end", "sizes of no kind", "a dtype that is none", "a dtype of nothing") else 1
+    )
+    found = cli("generate", HOUSE, "--model", xl[0], *XL, *words, "--out", "a.png", status=status)
+    assert sentence in found.err and not Path("a.png").exists()
+
+
+def test_parts_of_two_dtypes_are_drawn_again_as_they_were(cli, xl):
+    cli("generate", HOUSE, "--model", xl[0], *XL, "--dtype", "float32,vae=bfloat16", "--out", "a.png")
+    assert read_settings("a.png")["dtype"] == "float32,vae=bfloat16"
+    assert cli("rerun", "a.png").out == "a.png: identical.\n"

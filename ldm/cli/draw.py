@@ -1,6 +1,6 @@
 """Drawing what a command line asks for, stage after stage; and a sheet that explains what the model is given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ldm.cli.given import ABOUT_THE_FIRST, Given
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.pipeline import Pipeline
-    from ldm.run import Result, Run
+    from ldm.run import Result
     from ldm.sampling import Step
     from ldm.settings import Settings
 
@@ -26,9 +26,14 @@ def draw(pipe: "Pipeline", prompt: str, given: Given, watch: "Callable[[Step | N
         downwards = ("guidance", "sampler", "eta", "negative", "strength")  # of the way back
         same = {name: value for name, value in options.items() if name not in downwards}
         upwards = pipe.prepare_inversion(pictures.pop("image"), given.wish["invert"], **same)
-        options["latents"] = watched(upwards, lambda step: watch(None)) / upwards.schedule.start_scale
+        noise = watched(upwards.steps(), lambda step: watch(None), upwards.x)
+        options["latents"] = noise / upwards.schedule.start_scale
+    if given.refiner is not None:
+        two = given.ensemble(pipe)
+        run = two.prepare(prompt, **pictures, **options)
+        return run.finish(watched(two.walk(run, options, given.refiner_options), watch, run.x))
     run = pipe.prepare(prompt, **pictures, **options)
-    x = watched(run, watch)
+    x = watched(run.steps(), watch, run.x)
     if "enlarge" in given.wish:
         large = pipe.enlarge(x, given.wish["enlarge"])
         led = {"tile": pictures["tile"]} if "tile" in pictures else {}
@@ -36,14 +41,13 @@ def draw(pipe: "Pipeline", prompt: str, given: Given, watch: "Callable[[Step | N
         led["control"] = [each.at(width, height) for each in given.led]
         options = {name: value for name, value in options.items() if name not in ABOUT_THE_FIRST}
         run = pipe.prepare(prompt, image=large, strength=given.refine, **led, **options)
-        x = watched(run, watch)
+        x = watched(run.steps(), watch, run.x)
     return run.finish(x)
 
 
-def watched(run: "Run", watch: "Callable[[Step | None], None]") -> "Tensor":
-    """Take the steps of a run; the last latent, which is the first one where there are none."""
-    x = run.x
-    for step in run.steps():
+def watched(steps: "Iterator[Step]", watch: "Callable[[Step | None], None]", x: "Tensor") -> "Tensor":
+    """Take the steps; the last latent, which is the first one, `x`, where there are none."""
+    for step in steps:
         watch(step)
         x = step.x
     return x

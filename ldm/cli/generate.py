@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Options that `ldm.settings.choose_settings` knows.
 SETTINGS = (
     "negative", *LEVELS, "guidance", "eta", "width", "height", "strength", "steps_are", "image_guidance", "noise_level",
+    "sizes", "negative_sizes",
 )  # fmt: skip
 MOST_PIXELS = 16_384  # along a side: beyond it is a slip of the finger, and would only eat the memory
 
@@ -71,7 +72,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
 def add_settings(p: "argparse._ArgumentGroup") -> None:
     """What decides how a picture looks. Left out, most are as the model's folder says."""
     p.add_argument("--seed", type=SEED, default=0, help="picture k of a prompt is drawn from SEED + k (default: 0)")
-    p.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from")
+    p.add_argument("--negative", metavar="TEXT", help="what to steer away from")
     p.add_argument(
         "--guidance", type=real(), metavar="SCALE", help="how strongly the prompt counts; 1 or less: not guided"
     )
@@ -125,7 +126,7 @@ def wanted(args: argparse.Namespace) -> list[str]:
     if (args.prompt is None) == (args.prompts is None):
         args.parser.error("say what to draw: one prompt in quotation marks, or --prompts FILE, and not both")
     prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
-    for text in (*prompts, args.negative):
+    for text in (*prompts, args.negative or ""):
         if any("\ud800" <= char <= "\udfff" for char in text):  # bytes of the command line that Python couldn't read
             raise LDMError("The prompt is not valid UTF-8 text: check the encoding of your terminal.")
     return prompts
@@ -178,7 +179,7 @@ class Drawing:
 
     def draw_all(self, groups: list[list[Job]]) -> None:
         """Draw batch after batch, and tell the name of each picture as it is written."""
-        steps = self.given.total(self.settings(groups[0][0]))
+        steps = self.given.total(self.pipe, self.settings(groups[0][0]))
         done, total = 0, sum(map(len, groups))
         with progress(steps * len(groups)) as bar:
             try:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.control import Control
+    from ldm.ensemble import Ensemble
     from ldm.models.controlnet import ControlNet
     from ldm.pipeline import Pipeline
     from ldm.settings import Settings
@@ -68,6 +69,19 @@ def add(p: "argparse._ActionsContainer") -> None:
         "--invert", metavar="TEXT", help="begin from the noise from which DDIM draws --image, of which TEXT tells; the "
         "prompt may change it",
     )  # fmt: skip
+    p.add_argument("--refiner", metavar="FOLDER", help="of SDXL: a second model that draws the last part of the road")
+    p.add_argument(
+        "--hand-over", type=real(0.001, 0.999), metavar="S", help="the share of the road at which it takes over "
+        "(default: 0.8)",
+    )  # fmt: skip
+    p.add_argument(
+        "--refiner-steps", type=whole(1), metavar="N", help="steps of its whole road (default: as many as --steps)"
+    )
+    p.add_argument(
+        "--sizes", type=sizes, metavar="SIZES", help="what SDXL is told: original=WxH,crop=LEFTxTOP,target=WxH, or "
+        "score=6 (its refiner); what is left out is as the picture that is drawn",
+    )  # fmt: skip
+    p.add_argument("--negative-sizes", type=sizes, metavar="SIZES", help="the same of the negative prompt")
     p.add_argument("--explain", metavar="PNG", help="write there what the model is given")
 
 
@@ -76,6 +90,22 @@ def sides(text: str) -> list[int]:
     if len(words) != 4 or not all(word.strip().isdecimal() for word in words):
         raise argparse.ArgumentTypeError(f"must be four numbers of pixels, left,top,right,bottom, not {text!r}")
     return [int(word) for word in words]
+
+
+def sizes(text: str) -> dict:
+    """original=1024x768,crop=0x64,target=1024x768,score=6 -> the table that `ldm.sizes` reads: height before width."""
+    found = {}
+    for word in text.split(","):
+        match = re.fullmatch(r"(original|crop|target)=(\d+)x(\d+)|(score)=(\d+(?:\.\d+)?)", word.strip())
+        if match is None:
+            raise argparse.ArgumentTypeError(
+                f"must read original=WIDTHxHEIGHT,crop=LEFTxTOP,target=WIDTHxHEIGHT or score=NUMBER, not {text!r}"
+            )
+        if match[4]:
+            found["score"] = float(match[5])
+        else:
+            found[match[1]] = (int(match[3]), int(match[2]))
+    return found
 
 
 def control(text: str) -> dict:
@@ -98,7 +128,10 @@ def control(text: str) -> dict:
     return named | {"scale": scale, "start": start, "end": end, "text": text}
 
 
-OPTIONS = ("image", "mask", "outpaint", "control", "estimator", "depth", "tile", "enlarge", "refine", "invert")
+OPTIONS = (
+    "image", "mask", "outpaint", "control", "estimator", "depth", "tile", "enlarge", "refine", "invert", "refiner",
+    "hand_over", "refiner_steps",
+)  # fmt: skip
 ABOUT_THE_FIRST = ("width", "height", "strength", "steps_are", "latents")  # not about the one that is enlarged
 FLAGS = ("no_paste", "guess")  # these two lists, and `wishes`, hold what a record needs to open the pictures again
 
@@ -142,6 +175,7 @@ class Given:
     options: dict = field(default_factory=dict)  # for `Pipeline.prepare`
     hashes: dict = field(default_factory=dict)
     led: "list[Led]" = field(default_factory=list)
+    refiner: "Pipeline | None" = None
 
     def lead(self, width: int, height: int) -> None:
         """Make the conditions for a drawing of that size."""
@@ -159,7 +193,7 @@ class Given:
 
     def record(self) -> dict:
         """What decides the picture: everything but where the pictures lie, and what reads them."""
-        places = ("image", "mask", "depth", "control", "estimator")
+        places = ("image", "mask", "depth", "control", "estimator", "refiner")
         said = {name: value for name, value in self.wish.items() if name not in places}
         return said | self.hashes
 
@@ -178,10 +212,23 @@ class Given:
 
         return run_of(settings.steps, self.refine) if "enlarge" in self.wish else 0
 
-    def total(self, settings: "Settings") -> int:
+    def total(self, pipe: "Pipeline", settings: "Settings") -> int:
         """How many steps are taken for a picture: after an inversion, or before a refinement, all of them."""
         inverted = settings.steps if "invert" in self.wish else 0
-        return inverted + settings.steps - settings.first + self.refined(settings)
+        if self.refiner is not None:
+            return self.ensemble(pipe).count(settings, self.refiner_options)
+        return inverted + len(settings.rows(pipe.schedule_of(settings))) + self.refined(settings)
+
+    @property
+    def refiner_options(self) -> dict:
+        """In what the refiner's run differs from the base's."""
+        return {"steps": self.wish["refiner_steps"]} if "refiner_steps" in self.wish else {}
+
+    def ensemble(self, pipe: "Pipeline") -> "Ensemble":
+        """The model and its refiner."""
+        from ldm.ensemble import Ensemble
+
+        return Ensemble(pipe, self.refiner, self.wish.get("hand_over", 0.8))
 
 
 def files(wish: dict) -> list[Path]:
@@ -218,6 +265,12 @@ def check_wishes(wish: dict, task: str) -> None:
         "--estimator tells the depth of photographs: say --control depth@NET:PICTURE, or leave it out.": (
             {"estimator", "control"} <= said and not any(each["kind"] == "depth" for each in wish["control"])
         ),
+        "--hand-over and --refiner-steps are about a refiner: say --refiner FOLDER, or leave them out.": (
+            said & {"hand_over", "refiner_steps"} and "refiner" not in said
+        ),
+        "--refiner draws the end of the road, and --enlarge and --invert walk it otherwise: do one after the other.": (
+            "refiner" in said and said & {"enlarge", "invert"}
+        ),
         f"--enlarge and --invert need a model that draws from words; this one is for {task}.": (
             said & {"enlarge", "invert"} and task != "text"
         ),
@@ -247,6 +300,13 @@ def open_given(wish: dict, pipe: "Pipeline", model: str) -> Given:
             given.hashes[name] = hash_of(given.options[name])
     given.options |= {"tile": wish["tile"]} if "tile" in wish else {}
     given.options |= {"paste": False} if "no_paste" in wish else {}
+    if "refiner" in wish:
+        from ldm.io.folders import folder_hash
+        from ldm.loading import find_model, load
+
+        given.refiner = load(wish["refiner"], {"rest": pipe.dtype, "vae": pipe.vae.dtype}, pipe.device)
+        given.hashes["refiner"] = folder_hash(find_model(wish["refiner"]))
+        given.ensemble(pipe)  # refused now, if they don't go together
     given.led = [open_control(each, wish, pipe, model) for each in wish.get("control", ())]
     return given
 

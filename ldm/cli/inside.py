@@ -4,14 +4,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
-
 from ldm.cli.plan import make_folder
 from ldm.cli.record import DECIDES, differences
 from ldm.errors import LDMError
 from ldm.io.png import read_settings, save_png
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ldm.schedules import Level
 
 THUMB, LABEL, GAP = 192, 18, 4  # pixels: the longer side of a picture on the sheet, the line under it, the margin
@@ -23,12 +23,12 @@ class Inside:
 
     def __init__(self, folder: Path, record: dict):
         self.folder, self.record = folder, record
-        self.thumbs: list[tuple[Image.Image, str]] = []
+        self.thumbs: "list[tuple[Image.Image, str]]" = []
         make_folder(folder)
         for path in files(folder) if other_run(folder, record) else ():
             path.unlink()
 
-    def add(self, image: Image.Image, level: "Level") -> None:
+    def add(self, image: "Image.Image", level: "Level") -> None:
         """The prediction made at `level`."""
         name = f"step-{len(self.thumbs):02d}.png"  # a run may begin midway, and go over the picture twice
         save_png(image, self.folder / name, self.record | {"step": level.i, "t": level.t})
@@ -57,8 +57,10 @@ def other_run(folder: Path, record: dict) -> str | None:
     return None
 
 
-def contact_sheet(thumbs: list[tuple[Image.Image, str]]) -> Image.Image:
+def contact_sheet(thumbs: "list[tuple[Image.Image, str]]") -> "Image.Image":
     """Pictures in rows, read like a text, each with its label below."""
+    from PIL import Image, ImageDraw, ImageFont
+
     font = ImageFont.load_default()
     width = max(max(image.width, math.ceil(font.getlength(label))) for image, label in thumbs) + GAP
     height = max(image.height for image, _ in thumbs) + LABEL + GAP

@@ -91,6 +91,24 @@ def one_of(known: tuple[str, ...]) -> Callable[[str], str]:
     return read
 
 
+def dtypes(text: str) -> str:
+    """The kind of option that `dtypes_of` reads: a dtype for all parts, and others for some."""
+    dtypes_of(text)
+    return text
+
+
+def dtypes_of(text: str) -> dict[str, str]:
+    """ "float16,vae=float32" -> {"rest": "float16", "vae": "float32"}: what `ldm.load` takes."""
+    first, *others = text.split(",")
+    found = {"rest": one_of(DTYPES)(first)}
+    for word in others:
+        part, _, dtype = word.partition("=")
+        if not dtype:
+            raise argparse.ArgumentTypeError(f"must read DTYPE,PART=DTYPE, like float16,vae=float32, not {text!r}")
+        found[part] = one_of(DTYPES)(dtype)
+    return found
+
+
 def numbers(text: str) -> list[float]:
     """The kind of option that is numbers with commas between them."""
     try:
@@ -118,8 +136,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     parser.add_argument(
-        "--dtype", default="float32", type=one_of(DTYPES), help=f"{', '.join(DTYPES)} (default: float32)"
-    )
+        "--dtype", default="float32", type=dtypes, metavar="DTYPE[,PART=DTYPE...]",
+        help=f"{', '.join(DTYPES)}; or float16,vae=float32, for a part that is to have another (default: float32)",
+    )  # fmt: skip
 
 
 def add_device(parser: argparse.ArgumentParser, default: str | None = "cpu") -> None:
@@ -173,15 +192,14 @@ def find_device(name: str) -> "torch.device":
 
 def open_model(name: str, dtype: str, device: str) -> tuple["Pipeline", Callable[[], str]]:
     """The model, and a function that tells its hash: that is computed meanwhile, for large models take seconds."""
-    import torch
-
     from ldm.io.folders import folder_hash
     from ldm.loading import find_model, load
 
     where = find_device(device)
     folder = find_model(name)
     model_hash = Background(folder_hash, folder)
-    return load(name, getattr(torch, dtype), where), model_hash.result
+    found = dtypes_of(dtype)
+    return load(name, found if len(found) > 1 else found["rest"], where), model_hash.result
 
 
 class Background(threading.Thread):

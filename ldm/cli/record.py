@@ -1,6 +1,7 @@
 """What a PNG of ldm says about itself: everything needed to draw it again, and to tell why it came out otherwise."""
 
 import hashlib
+import json
 from dataclasses import asdict
 from pathlib import Path
 from types import UnionType
@@ -20,16 +21,18 @@ if TYPE_CHECKING:
 NUMBERS, WORDS = list[float], list[str]
 # What decides a picture: two records that agree in these are records of one picture (to within a grey level).
 DECIDES = {
-    "prompt": str, "negative": str, "seed": int, "steps": int, "sampler": str, "rule": str, "sigmas": str | NUMBERS,
+    "prompt": str, "negative": str | None, "seed": int, "steps": int, "sampler": str, "rule": str,
+    "sigmas": str | NUMBERS,
     "timesteps": NUMBERS | None, "compat": bool, "guidance": float, "eta": float, "width": int, "height": int,
     "clip_skip": int, "dtype": str, "model_hash": str, "strength": float | None, "image_guidance": float | None,
-    "noise_level": int | None, "given": dict,
+    "noise_level": int | None, "given": dict, "sizes": dict | None, "negative_sizes": dict | None,
 }  # fmt: skip
 # Where it was drawn: numbers may be rounded otherwise elsewhere. `batch` is how many pictures were drawn together.
 # `pictures` are the words of the command line that name the pictures given; `given` is what they were.
 SURROUNDS = {"model": str, "device": str, "batch": int, "version": str, "torch": str, "pictures": WORDS}
 # What pictures don't tell that were drawn before ldm was given any.
 BEFORE = {"strength": None, "image_guidance": None, "noise_level": None, "given": {}, "pictures": []}
+BEFORE |= {"sizes": None, "negative_sizes": None}  # nor those that were drawn before ldm knew SDXL
 
 
 def make_record(
@@ -38,7 +41,8 @@ def make_record(
     """The record of a picture to be drawn with `settings`, the first of them if there are several."""
     import torch
 
-    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+    fields = json.loads(json.dumps(asdict(settings)))  # as a file gives it back: lists, no tuples
+    del fields["denoising_start"], fields["denoising_end"]  # a picture that was drawn has been drawn to its end
     prompt, negative, seed = (fields.pop(name)[0] for name in ("prompt", "negative", "seeds"))
     return {
         "prompt": prompt,
@@ -48,7 +52,7 @@ def make_record(
         "clip_skip": clip_skip,
         "given": given.record(),
         "pictures": given.words(),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "dtype": dtype_of(pipe),
         "model": model,
         "model_hash": model_hash,
         "device": str(pipe.device),
@@ -56,6 +60,12 @@ def make_record(
         "version": __version__,
         "torch": str(torch.__version__),
     }
+
+
+def dtype_of(pipe: "Pipeline") -> str:
+    """As `--dtype` has it: the UNet's, and those of parts that have another."""
+    found = {name: str(part.dtype).removeprefix("torch.") for name, part in pipe.parts().items()}
+    return ",".join([found["unet"], *(f"{name}={dtype}" for name, dtype in found.items() if dtype != found["unet"])])
 
 
 def pixel_hash(image: "Image.Image") -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ldm.cli import given
 from ldm.cli.draw import draw
 from ldm.cli.generate import SETTINGS
-from ldm.cli.options import DTYPES, add_device, find_device, open_model, progress
+from ldm.cli.options import add_device, dtypes_of, find_device, open_model, progress
 from ldm.cli.plan import prepare_file
 from ldm.cli.record import SURROUNDS, differences, make_record, pixel_hash, read_record
 from ldm.errors import LDMError
@@ -35,8 +35,10 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 def run(args: argparse.Namespace) -> int:
     old, image = read_record(args.picture), read_pixels(args.picture)
-    if old["dtype"] not in DTYPES:
-        raise torn(args.picture)
+    try:
+        dtypes_of(old["dtype"])
+    except argparse.ArgumentTypeError:
+        raise torn(args.picture) from None
     if args.out:
         prepare_file(Path(args.out), args.overwrite)
     new_image, new = draw_again(args, old, image.size)
@@ -83,7 +85,7 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
     settings = pipe.settings(old["prompt"], **options)
     if opened.size(settings, pipe.vae.config.factor) != size:
         raise torn(args.picture)
-    with progress(opened.total(settings)) as bar:
+    with progress(opened.total(pipe, settings)) as bar:
         bar.set_description("drawing again")
         bar.clear()
         result = draw(pipe, old["prompt"], opened, lambda step: bar.update(), clip_skip=old["clip_skip"], **options)
