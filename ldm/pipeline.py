@@ -13,17 +13,15 @@ Each station of the road is a method of `Pipeline`, and each part is usable alon
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from numbers import Real
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm import pictures, tasks
 from ldm.alone import draw_alone
@@ -32,20 +30,17 @@ from ldm.diffusion import Prediction
 from ldm.ensemble import handed_latent, handed_schedule
 from ldm.errors import LDMError, say_on_stderr
 from ldm.guidance import Network, denoiser
-from ldm.models.unet import UNet
-from ldm.models.vae import VAE
 from ldm.network import Beside, guided, tell, unguided
 from ldm.noise import Noise
-from ldm.precision import autocasting, cast, in_range
+from ldm.parts import Parts
+from ldm.precision import cast, in_range
 from ldm.run import Result, Run, finite
 from ldm.samplers import find_sampler
 from ldm.samplers.inverse import ddim_inverse
 from ldm.sampling import Sampler, Step
-from ldm.schedules import Level, Schedule, ScheduleConfig, alpha_bars
+from ldm.schedules import Level, Schedule, alpha_bars
 from ldm.schedules.table import level_at
-from ldm.settings import Defaults, Model, Settings, choose_levels, choose_settings, whole
-from ldm.text.clip import TextEncoder
-from ldm.text.tokenizer import Tokenizer
+from ldm.settings import Settings, choose_levels, choose_settings, whole
 from ldm.text.words import Reader, Words, nothing, read
 from ldm.tiles import in_tiles
 
@@ -55,39 +50,8 @@ if TYPE_CHECKING:
 TILE = 512  # pixels along a side of an upscaler's tiles: the size it was trained on
 
 
-class Pipeline:
-    """The parts of a latent diffusion model, each usable alone, and the road through them.
-
-    `tokenizer`, `text_encoder`, `unet`, `vae` are the parts; `schedule(n)` makes the table for n steps.
-
-    low_res, max_noise_level       of an upscaler: the schedule of the noise on its small picture, and the most of it
-    tokenizer_2, text_encoder_2    of SDXL, whose refiner has the second ones alone: they are its first here
-    zero_negative                  where no negative prompt is given, zeros take its place (SDXL)
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        text_encoder: TextEncoder,
-        unet: UNet,
-        vae: VAE,
-        scheduler: ScheduleConfig,
-        defaults: Defaults = Defaults(),
-        folder: Path | None = None,
-        low_res: ScheduleConfig | None = None,
-        max_noise_level: int | None = None,
-        *,
-        tokenizer_2: Tokenizer | None = None,
-        text_encoder_2: TextEncoder | None = None,
-        zero_negative: bool = False,
-    ):
-        self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
-        self.scheduler, self.defaults, self.folder = scheduler, defaults, folder
-        self.low_res, self.max_noise_level = low_res, max_noise_level
-        self.tokenizer_2, self.text_encoder_2, self.zero_negative = tokenizer_2, text_encoder_2, zero_negative
-        self.where: torch.device | None = None  # what computes, if parts are kept elsewhere (`ldm.memory.offload`)
-        self.autocast: torch.dtype | None = None  # what is computed in, if it isn't the weights' own (`ldm.memory`)
-        self.watchers = []  # what looks on at the steps of every run: `ldm.lab.watch` comes and goes
+class Pipeline(Parts):
+    """The road through a model's parts (`ldm.parts`); `schedule(n)` makes the table for n steps."""
 
     # ------------------------------------------------------------------------------------------ the road
 
@@ -252,6 +216,10 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------ its stations
 
+    def settings(self, prompt: str | Sequence[str], **options) -> Settings:
+        """Fill in every default, and refuse with a sentence what cannot be drawn: `ldm.settings.choose_settings`."""
+        return choose_settings(self.model, prompt, **options)
+
     @torch.no_grad()
     def read(self, prompts: Sequence[str], clip_skip: int = 0) -> Words:
         """Sentences -> what the text encoders say of them. Says on stderr what was cut off behind the 77th token."""
@@ -383,75 +351,9 @@ class Pipeline:
         pixels = ((image / 2 + 0.5).clamp(0, 1).float() * 255).round().byte()  # (B, 3, H, W)
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
-    # ------------------------------------------------------------------------------------------ what it is
-
     def tiles(self, pixels: int) -> tuple[int, int]:
         """A tile's size and overlap in positions of the latent, for a tile of so many pixels; 0 is no tiles."""
         size = whole("tile", pixels, 0) // self.vae.config.factor
         if pixels and size < 4:
             raise LDMError(f"A tile of {pixels} pixels is too small: {4 * self.vae.config.factor} is the smallest.")
         return size, size // 4
-
-    def parts(self) -> dict[str, nn.Module]:
-        """The networks, by name, in the order of the road."""
-        names = ("text_encoder", "text_encoder_2", "unet", "vae")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def precision(self) -> AbstractContextManager:
-        """What every station computes under: nothing, unless `autocast` is set."""
-        return autocasting(self.autocast, self.device)
-
-    @property
-    def device(self) -> torch.device:
-        """What computes."""
-        return self.unet.conv_in.weight.device if self.where is None else self.where
-
-    @property
-    def xl(self) -> bool:
-        """Whether it is SDXL, or its refiner: the UNet is told a pooled vector and sizes."""
-        return self.unet.config.addition_embed_type == "text_time"
-
-    @property
-    def told_sizes(self) -> str | None:
-        """What the UNet is told of sizes (`ldm.sizes`): nothing, with SDXL's "target", or with a refiner's "score"."""
-        if not self.xl:
-            return None
-        pooled = (self.text_encoder_2 or self.text_encoder).config.projection_dim
-        config = self.unet.config
-        numbers = (config.projection_class_embeddings_input_dim - pooled) // config.addition_time_embed_dim
-        return "score" if numbers == 5 else "target"
-
-    @property
-    def distilled(self) -> bool:
-        """Whether the UNet is told the scale of guidance, and needs no second half for it (LCM)."""
-        return self.unet.config.time_cond_proj_dim is not None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    @property
-    def task(self) -> str:
-        """What the UNet is made for, by the channels it reads beside the latent (`ldm.tasks`)."""
-        return tasks.task_of(self.unet.config.in_channels, self.vae.config.latent_channels)
-
-    @property
-    def default_size(self) -> int:
-        """Pixels along a side of the pictures the model was trained on."""
-        return (self.unet.config.sample_size or 64) * self.vae.config.factor
-
-    @property
-    def model(self) -> Model:
-        """What the settings of a run must fit."""
-        noise_levels = self.unet.config.num_class_embeds or 0
-        if self.max_noise_level is not None:
-            noise_levels = min(noise_levels, self.max_noise_level + 1)
-        factor = self.vae.config.factor
-        return Model(
-            self.scheduler, self.defaults, self.task, factor, self.default_size, noise_levels, self.told_sizes,
-            self.zero_negative,
-        )  # fmt: skip
-
-    def settings(self, prompt: str | Sequence[str], **options) -> Settings:
-        """Fill in every default, and refuse with a sentence what cannot be drawn: `ldm.settings.choose_settings`."""
-        return choose_settings(self.model, prompt, **options)

@@ -24,7 +24,7 @@ from tiny import DEFAULTS, SIZE, tiny_model
 
 import ldm
 from ldm import loading, scenes
-from ldm.cli import given, main
+from ldm.cli import given, main, wishes
 from ldm.cli.condition import KINDS
 from ldm.cli.record import pixel_hash
 from ldm.conditions import canny, depth_picture, scribble
@@ -320,7 +320,7 @@ def test_what_the_record_knows_of_the_pictures(cli, nets):
     assert len({given.hash_of(photo()), given.hash_of(photo(1)), given.hash_of(half_mask())}) == 3
     pair = Image.new("RGB", (8, 2)), Image.new("RGB", (2, 8))  # the same bytes
     assert given.hash_of(pair[0]) != given.hash_of(pair[1])
-    assert given.read_words(found["pictures"], "x")["image"] == "photo.png"
+    assert wishes.read_words(found["pictures"], "x")["image"] == "photo.png"
 
 
 def test_the_steps_that_are_run(cli):
@@ -557,7 +557,7 @@ WISHES = st.fixed_dictionaries(
         "estimator": PATHS,
         "invert": SENTENCES | PATHS,
         "outpaint": st.lists(st.integers(0, 999), min_size=4, max_size=4),
-        "control": st.lists(SPECS.map(given.control), min_size=1, max_size=3),
+        "control": st.lists(SPECS.map(wishes.control), min_size=1, max_size=3),
         "tile": st.integers(0, 4096),
         "enlarge": st.floats(1, 8, allow_nan=False),
         "refine": NUMBERS,
@@ -570,9 +570,9 @@ WISHES = st.fixed_dictionaries(
 @examples(max_examples=300, deadline=None)
 @drawn_from(WISHES)
 def test_the_words_of_a_record_say_the_same_wishes_again(wish):
-    words = json.loads(json.dumps(given.words(wish)))
+    words = json.loads(json.dumps(wishes.words(wish)))
     assert all(isinstance(word, str) for word in words)
-    assert given.read_words(words, "a.png") == wish
+    assert wishes.read_words(words, "a.png") == wish
 
 
 def test_a_picture_whose_name_begins_with_a_dash(cli):
@@ -647,7 +647,7 @@ def test_rerun_trusts_no_words_about_pictures(cli, changes, sentence):
     ],
 )
 def test_a_control_is_read(text, kind, net, picture, scale, start, end):
-    found = given.control(text)
+    found = wishes.control(text)
     assert found.pop("text") == text
     assert found == {"kind": kind, "net": net, "picture": picture, "scale": scale, "start": start, "end": end}
 

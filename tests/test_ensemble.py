@@ -191,3 +191,52 @@ def test_what_cannot_be_handed_over_is_refused(models):
 
 def test_ldm_has_the_ensemble_among_its_names():
     assert ldm.Ensemble is Ensemble and ldm.Sizes is Sizes
+
+
+# ---------------------------------------------------------------------------------------------- diffusers' defects
+
+
+def test_defect_diffusers_cuts_methods_that_ask_twice_within_a_step(models):
+    """REFERENCE_DEFECTS.md, 25: the base's last step of Heun's is Euler's, and the refiner begins a row too early."""
+    schedulers, (base, refiner), _ = pair(models, "heun", "leading", 8, 8)
+    request = {**REQUEST, **SIZE, "generator": generators(2), "denoising_end": 0.6}
+    found, _ = run_diffusers(StableDiffusionXLPipeline, models.reference("sdxl", F64), schedulers[0], 8, request, F64)
+    steps = list(base.steps(**{**REQUEST, **SIZE}, seed=5, steps=8, denoising_end=0.6, compat=True))
+    cutoff, rows = steps[-1].next, base.schedule(8, compat=True)
+    assert len(found) == 2 * len(steps) - 1  # an evaluation too few
+    last = found[-1] * cutoff.alpha
+    ratio = (cutoff.sigma / cutoff.alpha - steps[-1].level.ratio) * steps[-1].eps  # Euler's step, in x / alpha
+    euler = (steps[-1].x_before / steps[-1].level.alpha + ratio) * cutoff.alpha
+    assert_close(last, euler, 1e-11 * euler.abs().max().item())
+    assert (last - steps[-1].x).abs().max() > 1e-3 * euler.abs().max()
+    request = {**REQUEST, "generator": generators(2), "denoising_start": 0.6, "image": found[-1]}
+    rest, _ = run_diffusers(
+        StableDiffusionXLImg2ImgPipeline, models.reference("refiner", F64), schedulers[1], 8, request, F64
+    )
+    own = list(refiner.steps(**REQUEST, image=last, seed=5, steps=8, denoising_start=0.6, compat=True))
+    assert own[0].level[1:] == rows[len(steps)][1:] == cutoff[1:]
+    assert len(rest) == 2 * (len(own) + 1) - 1  # a step more than there is to go
+
+
+def test_defect_diffusers_blends_a_clean_picture_into_a_noisy_latent(models):
+    """REFERENCE_DEFECTS.md, 26: what the mask keeps is put in without noise where `denoising_end` cuts the run."""
+    from diffusers import StableDiffusionXLInpaintPipeline
+    from tiny_tasks import box_mask, picture
+
+    image, mask = picture(1, 48, 32), box_mask(48, 32, 8, 8, 24, 24)
+    scheduler, _ = scheduler_like("ddim", "leading", 10, F64)
+    request = {"prompt": PROMPT, "guidance": 3.0, "image": image, "mask": mask, "strength": 1.0, **SIZE}
+    base = models.reference("sdxl", F64)
+    theirs, _ = run_diffusers(
+        StableDiffusionXLInpaintPipeline, base, scheduler, 10, {**request, "denoising_end": 0.6}, F64
+    )
+    pipe = with_scheduler(models.ours("sdxl", F64), scheduler)
+    run = pipe.prepare(**request, seed=5, steps=10, denoising_end=0.6, compat=True)
+    ours = [step.x for step in run.steps()]
+    equal(ours[:-1], theirs[:-1], 1e-11)
+    drawn = torch.zeros(4, 6, dtype=bool)
+    drawn[1:3, 1:3] = True
+    assert_close(ours[-1][..., drawn], theirs[-1][..., drawn], 1e-11 * theirs[-1].abs().max().item())
+    level, x0 = run.schedule[len(run)], theirs[-1][..., ~drawn]
+    noise = (ours[-1][..., ~drawn] - level.alpha * x0) / level.sigma  # ours is that picture with the level's noise
+    assert level.sigma > 0.5 and 0.7 < noise.std() < 1.3 and (ours[-1][..., ~drawn] - x0).abs().max() > 0.5

@@ -5,6 +5,7 @@ models of drawn parameters (`tiny_pairs.py`) in folders that diffusers has writt
 """
 
 import inspect
+from copy import copy, deepcopy
 from functools import partial
 
 import numpy as np
@@ -29,7 +30,9 @@ from tiny_tasks import box_mask, noise_of_float32, picture
 import ldm
 from ldm.control import Control
 from ldm.models.unet import UNet, UNetConfig
+from ldm.network import tell
 from ldm.sizes import Sizes
+from ldm.text.words import Words
 
 F32, F64 = torch.float32, torch.float64
 TIGHT = {F32: 1e-5, F64: 1e-12}  # of the largest number in a latent
@@ -256,8 +259,6 @@ class Changed:
         return xl_unet(name, **self.fields).to(dtype)
 
     def ours(self, name, dtype):
-        from copy import copy
-
         pipe, reference = copy(self.models.ours(name, dtype)), self.unet(name, dtype)
         with torch.device("meta"):
             unet = UNet(UNetConfig.from_json(dict(reference.config)))
@@ -334,3 +335,34 @@ def test_pictures_led_by_controlnets_equal_diffusers(models, way, led, dtype):
     same_pixels(drawn, pixels, most=0 if dtype == F64 else 1)
     without, _ = run_ours(pipe, 5, request)
     assert (found[-1] - without[-1]).abs().max() > 1e-3 * found[-1].abs().max()
+
+
+def test_defect_diffusers_reads_the_other_half_s_sizes_only_in_part(models):
+    """REFERENCE_DEFECTS.md, 24: from words both must be said or none counts; from a picture the crop is never read."""
+    crops = {"guidance": 5.0, "prompt": PROMPT, "negative_sizes": Sizes(crop=(40, 50)), **SIZE}
+    original = {**crops, "negative_sizes": Sizes(original=(100, 90))}
+    picked = {"prompt": PROMPT, "guidance": 5.0, "image": TWO[0].resize((48, 32)), "strength": 0.8}
+    for cls, request, like in (
+        (StableDiffusionXLPipeline, original, {}),
+        (StableDiffusionXLImg2ImgPipeline, {**picked, "negative_sizes": Sizes(crop=(40, 50))}, {}),
+    ):
+        scheduler, _ = scheduler_like("ddim", "leading", 4, F64)
+        plain = {key: value for key, value in request.items() if key != "negative_sizes"} | like
+        base = models.reference("sdxl", F64)
+        with_sizes, without = (run_diffusers(cls, base, scheduler, 4, each, F64)[0] for each in (request, plain))
+        assert torch.equal(with_sizes[-1], without[-1])  # what was said changed nothing
+        pipe = with_scheduler(models.ours("sdxl", F64), scheduler)
+        ours, silent = (run_ours(pipe, 4, each)[0][-1] for each in (request, plain))
+        assert_close(silent, without[-1], 1e-11 * silent.abs().max().item())
+        assert (ours - silent).abs().max() > 1e-4 * silent.abs().max()
+
+
+def test_defect_sizes_are_rounded_in_bfloat16(models):
+    """REFERENCE_DEFECTS.md, 27: diffusers keeps them in the dtype of the words, which of 1017 makes 1016."""
+    base = models.reference("sdxl")
+    found = base._get_add_time_ids((1017, 768), (0, 0), (1017, 768), torch.bfloat16, 14)
+    assert found.float().tolist() == [[1016, 768, 0, 0, 1016, 768]]
+    pipe = models.ours("sdxl")
+    unet, words = deepcopy(pipe.unet).bfloat16(), Words(*(each.bfloat16() for each in pipe.read([PROMPT])))
+    told = tell(unet, words, Sizes((1017, 768), (0, 0), (1017, 768)))
+    assert told.extras.time_ids.tolist() == [[1017, 768, 0, 0, 1017, 768]]

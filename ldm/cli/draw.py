@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ldm.cli.given import ABOUT_THE_FIRST, Given
+from ldm.cli.given import Given
+from ldm.cli.wishes import ABOUT_THE_FIRST
 from ldm.errors import LDMError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import given
+from ldm.cli import given, wishes
 from ldm.cli.draw import draw, explain
 from ldm.cli.inside import SHEET, Inside, other_run
 from ldm.cli.options import LEVELS, SEED, add_levels, add_model_options, open_model, progress, real, said, whole
@@ -47,7 +47,7 @@ NAMES = """where the pictures go:
 
 def add(commands: "argparse._SubParsersAction") -> None:
     p = commands.add_parser(
-        "generate", help="draw pictures from words and pictures", description=HELP, epilog=f"{given.HELP}\n{NAMES}"
+        "generate", help="draw pictures from words and pictures", description=HELP, epilog=f"{wishes.HELP}\n{NAMES}"
     )
     p.set_defaults(run=run, parser=p)
     p.add_argument("prompt", nargs="?", help='what to draw; "" draws without a prompt')
@@ -59,7 +59,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     p.add_argument("--save-steps", metavar="DIR", help="write the predicted picture at every step, and a contact sheet")
     add_model_options(p)
     add_settings(p.add_argument_group("the pictures (what is left out is as the model's folder says)"))
-    given.add(p.add_argument_group("pictures given (see below)"))
+    wishes.add(p.add_argument_group("pictures given (see below)"))
     batch = p.add_argument_group("several pictures")
     batch.add_argument("--count", type=whole(1), default=1, metavar="N", help="pictures for each prompt (default: 1)")
     batch.add_argument(
@@ -116,7 +116,7 @@ def check_places(args: argparse.Namespace, pictures: list[Path]) -> None:
     explained = Path(args.explain).resolve() if args.explain else None
     if explained in written:
         raise LDMError(f"--explain {args.explain} has the name of a picture that is drawn: choose another.")
-    for path in given.files(given.wishes(args)):
+    for path in wishes.files(wishes.wishes(args)):
         if path in written or path == explained:
             raise LDMError(f"{path.name} is given, and would be written over: choose another --out.")
 
@@ -138,7 +138,7 @@ class Drawing:
     def __init__(self, args: argparse.Namespace):
         self.args, self.several = args, args.count > 1 or args.prompts is not None
         self.pipe, self.model_hash = open_model(args.model, args.dtype, args.device)
-        self.given = given.open_given(given.wishes(args), self.pipe, args.model)
+        self.given = given.open_given(wishes.wishes(args), self.pipe, args.model)
         self.options = given.sized(self.given, self.pipe, said(args, SETTINGS))
 
     def settings(self, job: Job) -> "Settings":

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import given
+from ldm.cli import given, wishes
 from ldm.cli.draw import draw
 from ldm.cli.generate import SETTINGS
 from ldm.cli.options import add_device, dtypes_of, find_device, open_model, progress
@@ -75,7 +75,7 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
         hint = "" if args.model else f" (The picture names the model {old['model']!r}; --model says where it is now.)"
         raise LDMError(f"{error}{hint}") from error
     options = {name: old[name] for name in ("seed", *SETTINGS) if name != "steps_are"}  # the steps are in total here
-    wish = given.read_words(old["pictures"], args.picture)
+    wish = wishes.read_words(old["pictures"], args.picture)
     opened = given.open_given(wish, pipe, args.model or old["model"])
     opened.lead(old["width"], old["height"])
     now = opened.record()
