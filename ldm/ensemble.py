@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ldm.errors import LDMError, say_on_stderr
+from ldm.memory import send_home
 from ldm.run import Result, Run
 from ldm.sampling import Step
 from ldm.schedules import Level, Schedule
@@ -141,6 +142,7 @@ class Ensemble:
         step = None
         for step in first.steps():
             yield step
+        send_home(self.base)  # if it is offloaded, the refiner is to have the device to itself
         yield from self.take_over(step, first, options, refined).steps()
 
     def take_over(self, step: Step, first: Run, options: dict, refined: dict) -> Run:

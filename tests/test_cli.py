@@ -108,7 +108,7 @@ def test_the_png_says_how_it_was_made(cli, model):
         "prompt": HOUSE, "negative": "a tree", "seed": 7, **DEFAULTS, "eta": 0.0, "width": SIZE, "height": 2 * SIZE,
         "rule": "ddim", "sigmas": "spaced", "timesteps": None, "compat": False, "clip_skip": 0, "dtype": "float32",
         "strength": None, "image_guidance": None, "noise_level": None, "given": {}, "pictures": [],
-        "sizes": None, "negative_sizes": None,
+        "sizes": None, "negative_sizes": None, "memory": [],
         "model": str(model), "model_hash": folder_hash(model), "device": "cpu", "batch": 1,
         "version": ldm.__version__, "torch": str(torch.__version__),
         "pixels": pixel_hash(Image.open("a.png")),
@@ -994,3 +994,54 @@ def test_settings_survive_the_journey_through_json(cli):
     with Image.open("a.png") as image:
         assert json.loads(image.text["ldm"]) == read_settings("a.png")
     assert read_settings("a.png")["guidance"] == 0.1 and read_settings("a.png")["prompt"] == 'ß "🏠"'
+
+
+# ---------------------------------------------------------------------------------------------- memory and time
+
+
+def test_switches_of_memory_change_no_picture_and_are_told(cli):
+    cli("generate", HOUSE, "--count", 2, "--out", "plain/")
+    words = ("--slice-vae", "--slice-attention", 3, "--channels-last")
+    out = cli("generate", HOUSE, "--count", 2, *words, "--out", "saved/").lines
+    for path in out:
+        pair = [np.asarray(Image.open(f"{folder}/{Path(path).name}"), int) for folder in ("plain", "saved")]
+        assert np.abs(pair[0] - pair[1]).max() <= 1 and pair[0].std() > 5
+    told = ["slice_vae=True", "slice_attention=3", "channels_last=True"]
+    assert read_settings(out[0])["memory"] == told and read_settings("plain/" + Path(out[0]).name)["memory"] == []
+    assert cli("rerun", out[0]).out.splitlines()[1] == f"  memory: {told!r} then, [] now"
+
+
+def test_under_autocast_a_picture_is_drawn_in_bfloat16(cli):
+    cli("generate", HOUSE, "--out", "plain.png")
+    cli("generate", HOUSE, "--autocast", "bfloat16", "--out", "cast.png")
+    apart = np.abs(np.asarray(Image.open("plain.png"), int) - np.asarray(Image.open("cast.png"), int))
+    assert 0 < apart.mean() < 20 and read_settings("cast.png")["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    "words, status, sentence",
+    [
+        (["--offload", "parts"], 1, "--offload brings to another device what is at work, and the CPU has all of it"),
+        (["--offload", "halves"], 2, "--offload must be parts or blocks, not 'halves'"),
+        (["--slice-attention", "0"], 2, "--slice-attention must be 1 or more"),
+        (["--autocast", "float64"], 2, "--autocast must be bfloat16 or float16"),
+    ],
+)
+def test_switches_that_cannot_be_are_refused(cli, words, status, sentence):
+    assert sentence in cli("generate", HOUSE, *words, "--out", "a.png", status=status).err
+
+
+@pytest.mark.parametrize("by", ["parts", "blocks"])
+def test_an_offloaded_pipeline_draws_the_same_bits(model, by):
+    """Here the CPU is the device as well: what is compared is the road, not the saving."""
+    from ldm import memory
+
+    plain, pipe = ldm.load(model), ldm.load(model)
+    expected = plain(HOUSE, seed=3, count=2)
+    memory.offload(pipe, "cpu", by)
+    found = pipe(HOUSE, seed=3, count=2)
+    assert torch.equal(found.x0, expected.x0) and pipe.device == torch.device("cpu") and expected.x0.std() > 0.1
+    again = pipe(HOUSE, image=found.images[0], strength=0.5)
+    assert torch.equal(again.x0, plain(HOUSE, image=expected.images[0], strength=0.5).x0)
+    memory.restore(pipe)
+    assert torch.equal(pipe(HOUSE, seed=3, count=2).x0, expected.x0)

@@ -37,6 +37,20 @@ def test_the_pictures_of_the_readme_are_led_by_the_picture(tmp_path, monkeypatch
     assert night.mean() < 0.7 * boat.mean()  # it has become night
 
 
+def test_the_lines_about_sdxl_run_as_they_stand(models):
+    """On the tiny SDXL in place of the real one, and the CPU in place of a card."""
+    from ldm import memory
+
+    block = re.search(r"<!-- xl -->\s*```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    for name, folder in (("base", models.folder("sdxl")), ("refiner", models.folder("refiner"))):
+        block, count = re.subn(f'"stable-diffusion-xl-{name}-1.0"', repr(str(folder)), block)
+        assert count == 1
+    made = {"ldm": ldm, "memory": memory}
+    exec(compile(block.replace('"cuda"', '"cpu"'), "README.md", "exec"), made)
+    assert made["image"].size == (64, 64) and np.asarray(made["image"]).std() > 5
+    assert made["base"].vae.dtype != made["base"].dtype
+
+
 @pytest.mark.parametrize("kind", ["canny", "depth"])
 def test_the_cards_of_the_controlnets_have_the_figures_of_their_files(kind):
     folder = SCENES.parent / f"scenes-{kind}"

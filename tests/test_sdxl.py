@@ -244,6 +244,22 @@ def test_inpainting_by_blending_equals_diffusers_in_float64(models, sampler, str
     check(models, StableDiffusionXLInpaintPipeline, "sdxl", request, sampler, n=6)
 
 
+@pytest.mark.parametrize("sampler, strength, dtype", [("ddim", 0.58, F64), ("euler", 0.4, F64), ("dpm++2m", 0.7, F32)])
+def test_a_refiner_draws_over_a_picture_as_diffusers_does(models, sampler, strength, dtype):
+    """It is told a score in place of the target size, and reads the second encoder's words alone."""
+    request = {
+        "prompt": PROMPTS,
+        "negative": NEGATIVE,
+        "guidance": 3.0,
+        "image": [each.resize((48, 32)) for each in TWO],
+    }
+    sizes = {"sizes": Sizes((300, 200), (3, 7), score=7.5), "negative_sizes": Sizes((90, 80), (0, 0), score=1.5)}
+    refine = partial(check, models, StableDiffusionXLImg2ImgPipeline, "refiner", sampler=sampler, n=6, dtype=dtype)
+    plain = refine(request={**request, "strength": strength})[1]
+    told = refine(request={**request, "strength": strength, **sizes})[1]
+    assert (plain - told).abs().max() > 1e-4 * plain.abs().max()
+
+
 class Changed:
     """The tiny SDXL with another UNet, on both sides."""
 
@@ -366,3 +382,37 @@ def test_defect_sizes_are_rounded_in_bfloat16(models):
     unet, words = deepcopy(pipe.unet).bfloat16(), Words(*(each.bfloat16() for each in pipe.read([PROMPT])))
     told = tell(unet, words, Sizes((1017, 768), (0, 0), (1017, 768)))
     assert told.extras.time_ids.tolist() == [[1017, 768, 0, 0, 1017, 768]]
+
+
+# ----------------------------------------------------------------------- tasks that diffusers has no pipeline for
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd2"])
+def test_inversion_enlarging_and_tiles_go_with_every_family(models, name):
+    pipe, image = models.ours(name, F64), picture(1, 48, 32)
+    options = {"steps": 12, "guidance": 1.0, "seed": 5}
+    x0 = pipe.prepare(PROMPT, image=image, strength=0.0, sampler="ddim", **options).x
+    noise = pipe.invert(image, PROMPT, refine=12, **options)
+    back = pipe(PROMPT, latents=noise, sampler="ddim", **SIZE, **options).x0
+    assert_close(back, x0, 1e-3 * x0.abs().max().item())
+    large = pipe.enlarge(x0, 2)
+    refined = pipe(PROMPT, image=large, strength=0.5, steps=4)
+    assert refined.images[0].size == (96, 64) and (refined.x0 - large).abs().max() > 0.1
+    options = {"steps": 2, "width": 96, "height": 64, "seed": 1}
+    whole, tiled, small = (pipe(PROMPT, tile=tile, **options).x0 for tile in (0, 96, 64))
+    assert_close(tiled, whole, 1e-11 * whole.abs().max().item())
+    assert (small - whole).abs().max() > 1e-3 * whole.abs().max()
+
+
+def test_runs_of_sdxl_are_watched_forked_and_resumed_as_all_are(models):
+    pipe = models.ours("sdxl")
+    options = {"steps": 4, "seed": 1, "sampler": "euler-a", **SIZE}
+    steps = list(pipe.steps(PROMPT, **options))
+    again = list(pipe.steps(PROMPT, after=steps[:2], **options))
+    assert torch.equal(again[-1].x, steps[-1].x) and len(again) == 2
+    with ldm.watch(pipe) as seen:
+        watched = list(pipe.steps(PROMPT, **options))
+    assert torch.equal(watched[-1].x, steps[-1].x)
+    assert seen.map(2).sum() > 0
+    trace = pipe.trace(PROMPT, **options)
+    assert torch.equal(trace[-1].x, steps[-1].x) and [word.text for word in trace.words[0]][:2] == ["a", "large"]

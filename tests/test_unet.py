@@ -43,6 +43,17 @@ TINY = {
         "addition_time_embed_dim": 6,
         "projection_class_embeddings_input_dim": 6 * 6 + 10,
     },
+    "refiner": BASE
+    | {
+        "down_block_types": [DOWN, CROSS_DOWN, CROSS_DOWN, DOWN],
+        "up_block_types": [UP, CROSS_UP, CROSS_UP, UP],
+        "attention_head_dim": [2, 4, 3, 8],
+        "transformer_layers_per_block": 2,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 6,
+        "projection_class_embeddings_input_dim": 5 * 6 + 10,
+    },
     "x4": BASE
     | {
         "in_channels": 7,
@@ -73,6 +84,9 @@ def inputs(name, dtype, size=(16, 24)):
     extras = Extras()
     if name == "sdxl":
         time_ids = torch.tensor([[1024, 768, 0, 16, 512, 640], [72, 40, 8, 0, 40, 72], [1, 2, 3, 4, 5, 6]])
+        extras = Extras(pooled=normal(3, BATCH, 10, dtype=dtype), time_ids=time_ids.to(dtype))
+    if name == "refiner":
+        time_ids = torch.tensor([[1024, 768, 0, 16, 6.0], [72, 40, 8, 0, 2.5], [1, 2, 3, 4, 9.25]])
         extras = Extras(pooled=normal(3, BATCH, 10, dtype=dtype), time_ids=time_ids.to(dtype))
     if name == "x4":
         extras = Extras(class_labels=torch.tensor([20, 0, 49]))

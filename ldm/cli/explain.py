@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.generate import add_settings
-from ldm.cli.options import LEVELS, SEED, add_model_options, open_model, progress, real, said, whole
+from ldm.cli.options import LEVELS, MEMORY, SEED, add_memory, add_model_options, open_model, progress, real, said, whole
 from ldm.errors import LDMError, say_on_stderr
 from ldm.io.atomic import check_writable
 
@@ -41,6 +41,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     p.add_argument("--overwrite", action="store_true", help="replace whatever has the name of the page")
     add_model_options(p)
     add_settings(p.add_argument_group("the picture (what is left out is as the model's folder says)"))
+    add_memory(p.add_argument_group("memory and time"))
     second = p.add_argument_group("a second run beside it")
     second.add_argument("--with-prompt", metavar="TEXT", help="of these words")
     second.add_argument("--with-seed", type=SEED, metavar="SEED", help="from this seed")
@@ -53,7 +54,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
 def run(args: argparse.Namespace) -> None:
     path = Path(args.out)
     prepare_page(path, args.overwrite)
-    pipe, _ = open_model(args.model, args.dtype, args.device)
+    pipe, _ = open_model(args.model, args.dtype, args.device, said(args, MEMORY))
     runs = [{"prompt": args.prompt, **said(args, SETTINGS)}]
     changes = {name: getattr(args, f"with_{name}") for name in BESIDE}
     changes = {name: value for name, value in changes.items() if value is not None}

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING
 from ldm.cli import given, wishes
 from ldm.cli.draw import draw, explain
 from ldm.cli.inside import SHEET, Inside, other_run
-from ldm.cli.options import LEVELS, SEED, add_levels, add_model_options, open_model, progress, real, said, whole
+from ldm.cli.options import (
+    LEVELS,
+    MEMORY,
+    SEED,
+    add_levels,
+    add_memory,
+    add_model_options,
+    open_model,
+    progress,
+    real,
+    said,
+    whole,
+)
 from ldm.cli.plan import Job, batches, make_folder, obstacle, plan, prepare, prepare_sheet, read_prompts
 from ldm.cli.record import DECIDES, make_record, pixel_hash
 from ldm.errors import LDMError
@@ -60,6 +72,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     add_model_options(p)
     add_settings(p.add_argument_group("the pictures (what is left out is as the model's folder says)"))
     wishes.add(p.add_argument_group("pictures given (see below)"))
+    add_memory(p.add_argument_group("memory and time (the picture is the same, within rounding)"))
     batch = p.add_argument_group("several pictures")
     batch.add_argument("--count", type=whole(1), default=1, metavar="N", help="pictures for each prompt (default: 1)")
     batch.add_argument(
@@ -137,8 +150,9 @@ class Drawing:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.several = args, args.count > 1 or args.prompts is not None
-        self.pipe, self.model_hash = open_model(args.model, args.dtype, args.device)
-        self.given = given.open_given(wishes.wishes(args), self.pipe, args.model)
+        self.memory = said(args, MEMORY)
+        self.pipe, self.model_hash = open_model(args.model, args.dtype, args.device, self.memory)
+        self.given = given.open_given(wishes.wishes(args), self.pipe, args.model, self.memory)
         self.options = given.sized(self.given, self.pipe, said(args, SETTINGS))
 
     def settings(self, job: Job) -> "Settings":
@@ -146,7 +160,8 @@ class Drawing:
 
     def record(self, job: Job, batch: int = 1) -> dict:
         settings, clip_skip = self.settings(job), self.args.clip_skip
-        return make_record(self.pipe, self.args.model, self.model_hash(), settings, clip_skip, batch, self.given)
+        record = make_record(self.pipe, self.args.model, self.model_hash(), settings, clip_skip, batch, self.given)
+        return record | {"memory": [f"{name}={value}" for name, value in self.memory.items()]}
 
     def inside(self, job: Job) -> Path:
         """Where the steps of this picture go: the folder itself, or one inside it for each of several pictures."""

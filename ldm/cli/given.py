@@ -1,4 +1,4 @@
-"""Pictures on the command line, opened: what `ldm generate` begins from, keeps, is led by, and how a record tells it."""
+"""Pictures on the command line, opened: what a run begins from, keeps and is led by, and how a record tells of it."""
 
 import hashlib
 import re
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.options import save_memory
 from ldm.cli.wishes import ABOUT_THE_FIRST, AS_IS, check_wishes, kind_of, words
 from ldm.errors import LDMError
 
@@ -83,8 +84,11 @@ class Given:
         return Ensemble(pipe, self.refiner, self.wish.get("hand_over", 0.8))
 
 
-def open_given(wish: dict, pipe: "Pipeline", model: str) -> Given:
-    """Open every picture, make the conditions and load the ControlNets. Raises LDMError for what cannot be."""
+def open_given(wish: dict, pipe: "Pipeline", model: str, memory: dict | None = None) -> Given:
+    """Open every picture, make the conditions and load the ControlNets. Raises LDMError for what cannot be.
+
+    `memory`: the switches of `ldm.memory`, which hold for a refiner, too.
+    """
     from ldm.pictures import extend, read_mask
 
     given = Given(wish)
@@ -107,7 +111,9 @@ def open_given(wish: dict, pipe: "Pipeline", model: str) -> Given:
         from ldm.io.folders import folder_hash
         from ldm.loading import find_model, load
 
-        given.refiner = load(wish["refiner"], {"rest": pipe.dtype, "vae": pipe.vae.dtype}, pipe.device)
+        kept = "cpu" if pipe.where is not None else pipe.device
+        given.refiner = load(wish["refiner"], {"rest": pipe.dtype, "vae": pipe.vae.dtype}, kept)
+        save_memory(given.refiner, memory or {}, pipe.device)
         given.hashes["refiner"] = folder_hash(find_model(wish["refiner"]))
         given.ensemble(pipe)  # refused now, if they don't go together
     given.led = [open_control(each, wish, pipe, model) for each in wish.get("control", ())]

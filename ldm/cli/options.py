@@ -145,6 +145,44 @@ def add_device(parser: argparse.ArgumentParser, default: str | None = "cpu") -> 
     parser.add_argument("--device", default=default, help="cpu, cuda, cuda:1, mps (default: cpu)")
 
 
+MEMORY = ("offload", "slice_vae", "slice_attention", "channels_last", "autocast")
+
+
+def add_memory(parser: "argparse._ActionsContainer") -> None:
+    """Less memory, or less time: `ldm.memory`. The picture is the same, within rounding."""
+    parser.add_argument(
+        "--offload", type=one_of(("parts", "blocks")), metavar="BY", help="keep the weights on the CPU, and bring to "
+        "--device the part that is at work, or (blocks) the layer: the least memory, and slow",
+    )  # fmt: skip
+    parser.add_argument("--slice-vae", action="store_true", help="decode a batch picture by picture")
+    parser.add_argument(
+        "--slice-attention", type=whole(1), metavar="ROWS", help="so many positions look at the others at a time; of "
+        "use only where PyTorch has no fused attention",
+    )  # fmt: skip
+    parser.add_argument("--channels-last", action="store_true", help="lay convolutions out so: often faster")
+    parser.add_argument(
+        "--autocast", type=one_of(("bfloat16", "float16")), metavar="DTYPE", help="compute in it with the weights in "
+        "--dtype",
+    )  # fmt: skip
+
+
+def save_memory(pipe: "Pipeline", wish: dict, device: "torch.device") -> None:
+    """Do to a pipeline, whose weights are where they were read to, what was wished of `MEMORY`."""
+    import torch
+
+    from ldm import memory
+
+    if "slice_attention" in wish:
+        memory.slice_attention(pipe, wish["slice_attention"])
+    memory.slice_vae(pipe, "slice_vae" in wish)
+    if "channels_last" in wish:
+        memory.channels_last(pipe)
+    if "autocast" in wish:
+        pipe.autocast = getattr(torch, wish["autocast"])
+    if "offload" in wish:
+        memory.offload(pipe, device, wish["offload"])
+
+
 LEVELS = ("steps", "sampler", "rule", "sigmas", "timesteps", "compat")  # the options that make the table of levels
 
 
@@ -190,16 +228,25 @@ def find_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
-def open_model(name: str, dtype: str, device: str) -> tuple["Pipeline", Callable[[], str]]:
-    """The model, and a function that tells its hash: that is computed meanwhile, for large models take seconds."""
+def open_model(name: str, dtype: str, device: str, wish: dict | None = None) -> tuple["Pipeline", Callable[[], str]]:
+    """The model, and a function that tells its hash: that is computed meanwhile, for large models take seconds.
+
+    `wish`: what of `MEMORY` was said.
+    """
     from ldm.io.folders import folder_hash
     from ldm.loading import find_model, load
 
-    where = find_device(device)
+    where, wish = find_device(device), wish or {}
+    if "offload" in wish and where.type == "cpu":
+        raise LDMError("--offload brings to another device what is at work, and the CPU has all of it: say --device.")
     folder = find_model(name)
     model_hash = Background(folder_hash, folder)
     found = dtypes_of(dtype)
-    return load(name, found if len(found) > 1 else found["rest"], where), model_hash.result
+    kept = "cpu" if "offload" in wish else where
+    pipe = load(name, found if len(found) > 1 else found["rest"], kept)
+    if wish:
+        save_memory(pipe, wish, where)
+    return pipe, model_hash.result
 
 
 class Background(threading.Thread):

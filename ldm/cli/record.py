@@ -29,10 +29,19 @@ DECIDES = {
 }  # fmt: skip
 # Where it was drawn: numbers may be rounded otherwise elsewhere. `batch` is how many pictures were drawn together.
 # `pictures` are the words of the command line that name the pictures given; `given` is what they were.
-SURROUNDS = {"model": str, "device": str, "batch": int, "version": str, "torch": str, "pictures": WORDS}
+# `memory` are the switches of `ldm.memory`.
+SURROUNDS = {
+    "model": str,
+    "device": str,
+    "batch": int,
+    "version": str,
+    "torch": str,
+    "pictures": WORDS,
+    "memory": WORDS,
+}
 # What pictures don't tell that were drawn before ldm was given any.
 BEFORE = {"strength": None, "image_guidance": None, "noise_level": None, "given": {}, "pictures": []}
-BEFORE |= {"sizes": None, "negative_sizes": None}  # nor those that were drawn before ldm knew SDXL
+BEFORE |= {"sizes": None, "negative_sizes": None, "memory": []}  # nor those that were drawn before ldm knew SDXL
 
 
 def make_record(
@@ -57,6 +66,7 @@ def make_record(
         "model_hash": model_hash,
         "device": str(pipe.device),
         "batch": batch,
+        "memory": [],
         "version": __version__,
         "torch": str(torch.__version__),
     }
