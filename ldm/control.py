@@ -214,7 +214,7 @@ def controller(
             return None
         latent = x[:, : net.config.in_channels]  # what an inpainting UNet reads beside the latent is not the net's
         skips, middle = net(latent.to(net.dtype), level.t, prepared, features, extras, scale, guess)
-        return [skip.to(x.dtype) for skip in skips], middle.to(x.dtype)
+        return Residuals([skip.to(x.dtype) for skip in skips], middle.to(x.dtype))
 
     return residuals
 
@@ -237,7 +237,7 @@ def adapted(features: Sequence[Tensor], scale: float = 1.0, rows: frozenset[int]
 
 
 def all_together(controllers: Sequence[Controller]) -> Controller:
-    """Several ControlNets and adapters at once: what they add is added up. Without an adapter it is a pair."""
+    """Several ControlNets and adapters at once: what they add is added up."""
 
     def residuals(x: Tensor, level: Level) -> Residuals | None:
         found = [Residuals(*each) for each in (one(x, level) for one in controllers) if each is not None]
@@ -245,8 +245,7 @@ def all_together(controllers: Sequence[Controller]) -> Controller:
             return None
         skips = [total(parts) for parts in zip(*(each.skips for each in found if each.skips is not None), strict=True)]
         levels = [total(parts) for parts in zip_longest(*(each.levels for each in found))]  # some adapters have fewer
-        whole = Residuals(skips or None, total([each.middle for each in found]), levels)
-        return whole if levels else whole[:2]
+        return Residuals(skips or None, total([each.middle for each in found]), levels)
 
     return residuals
 
@@ -264,11 +263,10 @@ def of_last_part(one: Controller, parts: int = 2) -> Controller:
         found = one(x.chunk(parts)[-1], level)
         if found is None:
             return None
-        skips, middle = found
 
         def padded(r: Tensor) -> Tensor:
             return torch.cat([r.new_zeros(len(x) - len(r), *r.shape[1:]), r])
 
-        return [padded(skip) for skip in skips], padded(middle)
+        return Residuals([padded(skip) for skip in found.skips], padded(found.middle))
 
     return residuals

@@ -300,7 +300,7 @@ class Pipeline(Parts):
             each.check_base(self.unet.config, self.vae.config, place)
             picture = each.pictures(settings.width, settings.height, len(settings.seeds))
             weight = next(each.net.parameters())
-            features = each.net.condition(picture.to(weight.device, weight.dtype))
+            features = each.net.condition(picture.to(self.device, weight.dtype))
             # Of strength 0 no step is drawn, but inversion goes all of them.
             first = settings.rows(schedule).start % len(schedule)
             seen.append(Seen(each, features, each.rows(first, len(schedule))))

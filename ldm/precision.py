@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ldm.errors import say_on_stderr
+from ldm.errors import LDMError, say_on_stderr
 from ldm.guidance import Network, Output
 from ldm.models.vae import VAE
 from ldm.schedules import Level
@@ -14,6 +14,8 @@ from ldm.schedules import Level
 
 def autocasting(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager:
     """torch's autocast: weights stay as they are, products and convolutions are done in `dtype`. None: nothing."""
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise LDMError(f"autocast computes in bfloat16 or float16, not in {dtype}: set one of them, or None.")
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 

@@ -755,9 +755,10 @@ def test_several_controlnets_are_the_sum_of_their_residuals(models):
     features = [net.condition(normal(10 + k, 1, 3, 24, 40).double().sigmoid()) for k, net in enumerate(nets)]
     scales, rows = (0.5, 1.5, -0.8), (None, frozenset({3}), frozenset({2, 4}))
     led = [controller(*each) for each in zip(nets, [context] * 3, features, scales, rows, strict=True)]
-    skips, middle = all_together(led)(x, level)
+    skips, middle, levels = all_together(led)(x, level)
+    assert not levels
     parts = [net(x, level.t, context, f) for net, f in zip(nets[:2], features, strict=False)]
-    expected = [0.5 * a + 1.5 * b for a, b in zip(*([*skips, middle] for skips, middle in parts), strict=True)]
+    expected = [0.5 * a + 1.5 * b for a, b in zip(*([*skips, middle] for skips, middle, *_ in parts), strict=True)]
     all_close([*skips, middle], expected, 1e-12)
     elsewhere = all_together(led)(x, Level(9, 481.0, 0.8, 0.6))
     all_close([*elsewhere[0], elsewhere[1]], [0.5 * r for r in [*parts[0][0], parts[0][1]]], 1e-12)
@@ -771,7 +772,7 @@ def test_the_last_part_alone_gets_zeros_before_it(models):
     context = normal(2, 2, TOKENS, 24, dtype=torch.float64)
     features = net.condition(normal(10, 1, 3, 24, 40).double().sigmoid())
     one = controller(net, context, features, rows=frozenset({3}))
-    skips, middle = of_last_part(one, parts=3)(x, level)
+    skips, middle, _ = of_last_part(one, parts=3)(x, level)
     alone = one(x[4:], level)
     for whole, part in zip([*skips, middle], [*alone[0], alone[1]], strict=True):
         assert len(whole) == 6 and not whole[:4].any() and torch.equal(whole[4:], part) and part.abs().mean() > 0.1

@@ -32,6 +32,7 @@ from ldm.io.weights import read_tensors, save_weights
 from ldm.models.blocks import guidance_embedding
 from ldm.models.unet import UNet, UNetConfig
 from ldm.settings import Defaults
+from ldm.sizes import Sizes
 from ldm.text.clip import TextConfig, TextEncoder
 
 F32, F64 = torch.float32, torch.float64
@@ -103,6 +104,17 @@ def test_a_distilled_unet_begins_from_a_picture_as_diffusers_does(models, name):
     same_pixels(drawn, pixels)
 
 
+def test_a_net_beside_a_distilled_unet_is_not_told_the_guidance(models):
+    from ldm.control import Control
+    from ldm.models.controlnet import ControlNet
+
+    _, pipe = other_unet(models, "sdxl", F32, time_cond_proj_dim=EMBEDDED)
+    net = randomise(ControlNet.from_unet(models.ours("sdxl").unet, (4, 6, 10, 12)), 5)
+    options = {"steps": 2, "seed": 5, **SIZE}
+    led, plain = (pipe(PROMPT, control=c, **options).x0 for c in (Control(net, picture(3, 48, 32), 0.5), None))
+    assert (led - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
 def test_the_guidance_embedding_is_sinusoids_of_a_thousand_times_the_scale():
     found = guidance_embedding(torch.tensor([7.5, 1.0]), 8).double()
     frequencies = 10000.0 ** (-np.arange(4) / 3)
@@ -110,7 +122,7 @@ def test_the_guidance_embedding_is_sinusoids_of_a_thousand_times_the_scale():
     assert_close(found[0], torch.tensor(np.concatenate([np.sin(angles), np.cos(angles)])), 2e-3)  # 6500 in float32
     assert torch.equal(found[1], torch.tensor([0.0] * 4 + [1.0] * 4).double())
     assert guidance_embedding(torch.tensor([2.0]), 7).shape == (1, 7)
-    for width in (10, 256):
+    for width in (7, 10, 256):
         reference = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor([6.5, 0.0]), width)
         assert torch.equal(guidance_embedding(torch.tensor([7.5, 1.0]), width), reference)
 
@@ -217,6 +229,12 @@ XL_FAULTS = {
         index(text_encoder="gone", tokenizer="gone"),
         "speaks vectors of 20 numbers, the UNet reads 44",
     ),
+    "the first encoder is missing": ("sdxl", index(text_encoder="gone"), "lacks text_encoder"),
+    "a second tokenizer of more words than its encoder reads": (
+        "sdxl",
+        config("text_encoder_2", vocab_size=99),
+        "the tokenizer writes 77 tokens of .* kinds, the text encoder reads 77 of 99 kinds",
+    ),
     "another width": (
         "sdxl",
         config("unet", cross_attention_dim=48),
@@ -226,6 +244,11 @@ XL_FAULTS = {
         "sdxl",
         config("text_encoder_2", projection_dim=15),
         r"the UNet reads 50 numbers beside the text, which is neither 15 \+ 6 x 6 \(SDXL\) nor 15 \+ 5 x 6",
+    ),
+    "a pooled vector that leaves room for seven numbers": (
+        "sdxl",
+        config("text_encoder_2", projection_dim=8),
+        r"the UNet reads 50 numbers beside the text, which is neither 8 \+ 6 x 6",
     ),
     "a score that the UNet isn't told": (
         "sdxl",
@@ -268,11 +291,15 @@ def test_sizes_are_refused_where_they_mean_nothing(models):
     ):
         with pytest.raises(LDMError, match=sentence):
             models.ours(name).prepare(PROMPT, **options)
+    assert Sizes.read({"crop": [3, 7]}) == Sizes(crop=(3, 7))  # as a file has it
+    assert Sizes((64, 48), (1, 2), score=0).numbers == (64, 48, 1, 2, 0)
 
 
 def test_a_file_of_defaults_stands_above_the_family_s(models, tmp_path):
     folder = shutil.copytree(models.folder("sdxl"), tmp_path / "model")
     assert ldm.load(folder).defaults == Defaults(guidance=5.0)
+    index(force_zeros_for_empty_prompt="gone")(folder)
+    assert ldm.load(folder).zero_negative  # as diffusers has it where a folder doesn't say
     (folder / "ldm.json").write_text(json.dumps({"steps": 3, "guidance": 2.0}))
     assert ldm.load(folder).defaults == Defaults(steps=3, guidance=2.0)
 
@@ -317,6 +344,7 @@ def test_pictures_are_given_and_led_in_any_mixture_of_dtypes(models):
 def test_sdxl_s_vae_stays_in_float32_where_its_file_says_so(models, tmp_path, capsys):
     folder = shutil.copytree(models.folder("sdxl"), tmp_path / "model")
     config("vae", force_upcast=True)(folder)
+    models.folder("sd1")  # written now: diffusers says so
     capsys.readouterr()
     pipe = ldm.load(folder, "float16")
     assert (pipe.vae.dtype, pipe.unet.dtype) == (F32, torch.float16)
@@ -382,8 +410,18 @@ def test_a_vae_that_is_broken_is_not_taken_for_a_narrow_one(models, tmp_path, ca
 def test_under_autocast_the_weights_stay_and_the_sums_too(models):
     pipe = copy(models.ours("sdxl"))
     plain = pipe(PROMPT, steps=3, **SIZE)
-    pipe.autocast = torch.bfloat16
-    found = pipe(PROMPT, steps=3, **SIZE)
+    pipe.autocast, computed = torch.bfloat16, set()
+    watched = [
+        part.register_forward_hook(lambda layer, given, found: computed.add(found.dtype))
+        for part in (pipe.unet.conv_in, pipe.text_encoder.encoder.layers[0].mlp.fc1)
+    ]
+    found, step = pipe(PROMPT, steps=3, **SIZE), next(pipe.steps(PROMPT, steps=3, **SIZE))
+    for hook in watched:
+        hook.remove()
+    assert computed == {torch.bfloat16} and {step.x.dtype, step.eps.dtype, step.uncond.dtype} == {F32}
     assert found.x0.dtype == F32 and pipe.unet.dtype == F32
+    pipe.autocast = F64
+    with pytest.raises(LDMError, match="autocast computes in bfloat16 or float16, not in torch.float64"):
+        pipe(PROMPT, steps=3, **SIZE)
     scale = plain.x0.abs().max().item()
     assert 1e-6 * scale < (found.x0 - plain.x0).abs().max() < 0.1 * scale

@@ -438,7 +438,7 @@ def test_residuals_of_controlnets_are_measured(models):
         pipe(PROMPT, control=controls, steps=4, **SIZE)
         pipe(PROMPT, control=replace(controls[1], end=0.5), steps=2, **SIZE)
     handle.remove()
-    for call, (skips, middle) in zip(seen.calls[:5], told[:5], strict=True):
+    for call, (skips, middle, _) in zip(seen.calls[:5], told[:5], strict=True):
         wanted = torch.stack([each.flatten(1).norm(dim=1) for each in (*skips, middle)])  # (skips + 1, rows)
         assert_close(call.residuals, wanted, 1e-12)
         assert call.residuals.shape == (len(skips) + 1, 2) and (call.residuals[:, 0] == 0).all()
