@@ -11,7 +11,19 @@ import sys
 from collections.abc import Sequence
 
 from ldm import __version__
-from ldm.cli import compare_samplers, condition, evaluate, explain, generate, rerun, samplers, schedule, train
+from ldm.cli import (
+    compare_samplers,
+    condition,
+    doctor,
+    evaluate,
+    explain,
+    generate,
+    parity,
+    rerun,
+    samplers,
+    schedule,
+    train,
+)
 from ldm.cli.options import Parser
 from ldm.errors import STOPPED, LDMError
 
@@ -25,6 +37,8 @@ COMMANDS = (
     evaluate,
     compare_samplers,
     train,
+    doctor,
+    parity,
 )  # `ldm --help` has this order
 
 DONE, FAILED = 0, 1  # 2 is argparse's own

@@ -1,0 +1,233 @@
+"""The published models' configurations, for `--random-init`: the full size without a download; and tiny ones.
+
+Facts of the config.json files of runwayml/stable-diffusion-v1-5 and -inpainting, stabilityai/stable-diffusion-2-1,
+-2-1-base, -xl-base-1.0, -xl-refiner-1.0, lllyasviel/sd-controlnet-canny and diffusers/controlnet-canny-sdxl-1.0.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from ldm.errors import LDMError, nearest
+from ldm.models.unet import CROSS_DOWN, CROSS_UP, DOWN, UP
+
+END = "<|endoftext|>"
+
+CLIP_L = {  # OpenAI's text tower: Stable Diffusion 1, and the first of SDXL
+    "architectures": ["CLIPTextModel"],
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "projection_dim": 768,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 77,
+    "vocab_size": 49408,
+    "bos_token_id": 0,
+    "eos_token_id": 2,  # as published: the end of a prompt is its largest id
+    "pad_token_id": 1,
+}
+CLIP_H = CLIP_L | {  # OpenCLIP's, without its last layer: Stable Diffusion 2
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+    "projection_dim": 512,
+}
+CLIP_G = CLIP_L | {  # OpenCLIP's, with its projection: the second of SDXL
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
+UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": [CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN],
+    "up_block_types": [UP, CROSS_UP, CROSS_UP, CROSS_UP],
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+}
+UNET_1 = UNET | {"attention_head_dim": 8, "cross_attention_dim": 768, "sample_size": 64}
+UNET_2 = UNET | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "sample_size": 96,
+    "use_linear_projection": True,
+}
+UNET_XL = UNET | {
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": [DOWN, CROSS_DOWN, CROSS_DOWN],
+    "up_block_types": [CROSS_UP, CROSS_UP, UP],
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "sample_size": 128,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+}
+UNET_REFINER = UNET_XL | {
+    "attention_head_dim": [6, 12, 24, 24],
+    "block_out_channels": [384, 768, 1536, 1536],
+    "down_block_types": [DOWN, CROSS_DOWN, CROSS_DOWN, DOWN],
+    "up_block_types": [UP, CROSS_UP, CROSS_UP, UP],
+    "transformer_layers_per_block": 4,
+    "cross_attention_dim": 1280,
+    "projection_class_embeddings_input_dim": 5 * 256 + 1280,
+}
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
+VAE_XL = VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+LED = {"conditioning_embedding_out_channels": [16, 32, 96, 256]}
+
+BETAS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "steps_offset": 1,
+}
+PNDM = {
+    "_class_name": "PNDMScheduler",
+    "skip_prk_steps": True,
+    "set_alpha_to_one": False,
+    "prediction_type": "epsilon",
+} | BETAS
+DDIM = {
+    "_class_name": "DDIMScheduler",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "prediction_type": "v_prediction",
+} | BETAS
+EULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "prediction_type": "epsilon"} | BETAS
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Configurations by part, as their JSON files hold them: `parts` are named as a model's folders are.
+
+    `pads`: the padding token of each tokenizer; `index`: what the pipeline's model_index.json says beside the parts.
+    """
+
+    name: str
+    parts: dict[str, dict]
+    scheduler: dict
+    pads: tuple[str, ...] = (END,)
+    index: dict = field(default_factory=dict)
+
+    def with_unet(self, name: str, **fields: object) -> "Architecture":
+        return replace(self, name=name, parts=self.parts | {"unet": self.parts["unet"] | fields})
+
+    def led(self, name: str, **fields: object) -> "Architecture":
+        """With a ControlNet that copies the UNet's encoder."""
+        only_unet = ("up_block_types", "sample_size", "out_channels")
+        net = {key: value for key, value in self.parts["unet"].items() if key not in only_unet}
+        return replace(self, name=name, parts=self.parts | {"controlnet": net | LED | fields})
+
+
+SD15 = Architecture("sd15", {"text_encoder": CLIP_L, "unet": UNET_1, "vae": VAE}, PNDM)
+SD21 = Architecture("sd21", {"text_encoder": CLIP_H, "unet": UNET_2, "vae": VAE}, DDIM, ("!",))
+SDXL = Architecture(
+    "sdxl",
+    {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "unet": UNET_XL, "vae": VAE_XL},
+    EULER,
+    (END, "!"),
+    {"force_zeros_for_empty_prompt": True},
+)
+REFINER = Architecture(
+    "sdxl-refiner",
+    {"text_encoder_2": CLIP_G, "unet": UNET_REFINER, "vae": VAE_XL},
+    EULER,
+    ("!",),
+    {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True},
+)
+
+SMALL_TEXT = {"hidden_size": 24, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 3}
+SMALL_UNET = {  # widths and heads differ from level to level, so that a mix-up of levels shows
+    "block_out_channels": [8, 16, 24],
+    "down_block_types": [CROSS_DOWN, CROSS_DOWN, DOWN],
+    "up_block_types": [UP, CROSS_UP, CROSS_UP],
+    "layers_per_block": 2,
+    "norm_num_groups": 4,
+    "sample_size": 8,
+    "cross_attention_dim": 24,
+}
+SMALL_VAE = {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 64}
+SMALL_LED = {"conditioning_embedding_out_channels": [4, 6, 10, 12]}
+
+
+def small(big: Architecture, name: str, unet: dict, *texts: dict) -> Architecture:
+    """The same architecture, some ten thousand parameters large."""
+    names = [part for part in big.parts if part.startswith("text_encoder")]
+    fields = {part: big.parts[part] | SMALL_TEXT | text for part, text in zip(names, texts, strict=True)}
+    fields |= {"unet": big.parts["unet"] | SMALL_UNET | unet, "vae": big.parts["vae"] | SMALL_VAE}
+    return replace(big, name=name, parts=fields)
+
+
+THREE_XL = {
+    "attention_head_dim": [2, 4, 3],
+    "addition_time_embed_dim": 6,
+    "transformer_layers_per_block": [1, 2, 3],
+} | {
+    "down_block_types": [DOWN, CROSS_DOWN, CROSS_DOWN],
+    "up_block_types": [CROSS_UP, CROSS_UP, UP],
+}
+TINY_SD15 = small(SD15, "tiny-sd15", {"attention_head_dim": 2}, {})
+TINY_SD21 = small(SD21, "tiny-sd21", {"attention_head_dim": [2, 4, 3]}, {})
+TINY_SDXL = small(
+    SDXL,
+    "tiny-sdxl",
+    THREE_XL | {"cross_attention_dim": 24 + 16, "projection_class_embeddings_input_dim": 6 * 6 + 10},
+    {},
+    {"hidden_size": 16, "num_attention_heads": 2, "projection_dim": 10},
+)
+TINY_REFINER = small(
+    REFINER,
+    "tiny-refiner",
+    THREE_XL | {"cross_attention_dim": 24, "projection_class_embeddings_input_dim": 5 * 6 + 10},
+    {"projection_dim": 10},
+)
+
+ALL = (
+    SD15,
+    SD15.with_unet("sd15-inpaint", in_channels=9),
+    SD15.led("sd15-controlnet"),
+    SD21,
+    replace(SD21.with_unet("sd21-base", sample_size=64), scheduler=PNDM),
+    SDXL,
+    SDXL.led("sdxl-controlnet"),
+    REFINER,
+    TINY_SD15,
+    TINY_SD15.with_unet("tiny-sd15-inpaint", in_channels=9),
+    TINY_SD15.led("tiny-sd15-controlnet", **SMALL_LED),
+    TINY_SD21,
+    TINY_SDXL,
+    TINY_SDXL.led("tiny-sdxl-controlnet", **SMALL_LED),
+    TINY_REFINER,
+)
+ARCHITECTURES = {each.name: each for each in ALL}
+
+
+def find_architecture(name: str) -> Architecture:
+    """The architecture of that name. Raises LDMError that names the nearest one."""
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise LDMError(f"There is no architecture {name!r} for --random-init: {known}.{nearest(name, ARCHITECTURES)}")
+    return ARCHITECTURES[name]

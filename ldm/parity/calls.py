@@ -1,0 +1,130 @@
+"""What every module of a network was given and what it gave, in order of completion, under our names."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.parity.compare import distance, same_layout
+from ldm.parity.sides import Part
+
+
+class Way(NamedTuple):
+    """A module's work done otherwise: `run` is called with a copy of it, which may be changed, and its inputs."""
+
+    text: str  # "with eps 1e-06 instead of 1e-05"
+    run: Callable[..., object]
+
+
+PLAIN = "written out plainly, as published"  # where this helps, our own code is at fault
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module of both sides: its output's relative error, and its input's; None where they can't be compared."""
+
+    name: str
+    error: float | None
+    input_error: float | None
+
+
+@dataclass
+class Call:
+    """What a module was given and what it gave, at its first call."""
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict
+    output: object = None
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return tensors((self.args, self.kwargs))
+
+    @property
+    def answer(self) -> Tensor | None:
+        """The output, if it is a single tensor."""
+        found = tensors(self.output)
+        return found[0] if len(found) == 1 else None
+
+
+def tensors(value: object) -> list[Tensor]:
+    """All floating-point tensors in a value, in order."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [each for item in value for each in tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def cast(value: object, dtype: torch.dtype) -> object:
+    """The same value with its floating-point tensors in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: cast(each, dtype) for key, each in value.items()}
+    return tuple(cast(each, dtype) for each in value) if isinstance(value, tuple) else value
+
+
+@torch.no_grad()
+def watch(part: Part, inputs: tuple, what: str) -> dict[str, Call]:
+    """Run a part and keep every module's first call, in order of completion, under our names.
+
+    "" is the whole, with the output of the name `what`.
+    """
+    calls, done, hooks = {}, {}, []
+
+    def before(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if name not in calls:
+            calls[name] = Call(module, kept(args), kept(kwargs))
+
+    def after(name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if name in calls and name not in done:
+            calls[name].output = kept(output)
+            done[name] = calls[name]
+
+    for own, module in part.module.named_modules():
+        name = own if own == "" else module_name(part.rename, own)
+        if name is not None:
+            hooks.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+            hooks.append(module.register_forward_hook(partial(after, name), with_kwargs=True))
+    try:
+        answer = part.run(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    done[""] = Call(part.module, inputs, {}, answer[what])
+    return done
+
+
+def module_name(rename: Callable[[str], str | None], name: str) -> str | None:
+    """A module's name as ours: tables rename parameters, so one is put behind it."""
+    found = rename(f"{name}.weight")
+    return None if found in (None, "weight") else found.removesuffix(".weight")  # an outer shell has no name of ours
+
+
+def kept(value: object) -> object:
+    """The same value with its tensors copied, so that later changes in place don't reach it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(kept(each) for each in value)
+    if hasattr(value, "items"):
+        return {key: kept(each) for key, each in value.items()}
+    return value
+
+
+def between(a: Tensor | None, b: Tensor | None) -> float | None:
+    """The relative distance of two tensors, in either layout; None if they can't be compared."""
+    if a is None or b is None or a.numel() == 0:
+        return None
+    pair = same_layout(a, b)
+    return None if pair is None else distance(*pair)[1]
+
+
+def hold(name: str, mine: Call, other: Call) -> Block:
+    found = [between(a, b) for a, b in zip(mine.inputs[:1], other.inputs[:1], strict=False)]
+    return Block(name, between(mine.answer, other.answer), found[0] if found else None)
