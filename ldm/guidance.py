@@ -54,7 +54,8 @@ def conditional(
     prepared: Context = unet.prepare(context)
 
     def network(x: Tensor, level: Level) -> Output:
-        return Output(unet(x, level.t, prepared, extras, controller(x, level)))
+        read = x.to(unet.dtype)  # guidance and samplers calculate in the dtype of `x`: float32 where the UNet's is half
+        return Output(unet(read, level.t, prepared, extras, controller(read, level)).to(x.dtype))
 
     return network
 

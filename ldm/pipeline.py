@@ -281,7 +281,9 @@ class Pipeline(Parts):
                 f"The first level holds {schedule[0].sigma:.2f} of noise, and the run begins from noise alone: what is "
                 "above that level is left out."
             )
-        like = torch.empty(shape, dtype=self.dtype, device=self.device)
+        # In half precision every step would round x once more.
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        like = torch.empty(shape, dtype=dtype, device=self.device)
         road = tasks.Road(self.vae, schedule, settings.rows(schedule).start, noise, latents, like)
         if self.task == "upscale":
             bar = alpha_bars(self.low_res).double()[settings.noise_level].item()

@@ -153,7 +153,7 @@ def evaluate_vae(pipe: Pipeline, checker: Checker, wanted: list[scenes.Scene]) -
     for batch in batches(wanted, 25, "true pictures, rebuilt"):
         pictures = [scenes.render(scene) for scene in batch]
         x = to_tensor(np.stack([picture.image for picture in pictures]))
-        y = pipe.vae.decode(pipe.vae.encode(x.to(pipe.device, pipe.dtype))).float().cpu().clamp(-1, 1)
+        y = pipe.vae.decode(pipe.vae.encode(x.to(pipe.device, pipe.vae.dtype))).float().cpu().clamp(-1, 1)
         y = ((y + 1) * 127.5).round() / 127.5 - 1  # as a picture file holds it
         error = (y - x).square().mean(dim=1)  # (B, H, W)
         mask = torch.from_numpy(np.stack([picture.masks.any(axis=0) for picture in pictures]))
