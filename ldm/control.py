@@ -32,10 +32,11 @@ class Control:
 
     `picture` is whatever `ldm.io.pictures.as_picture` takes, a list of such (one a picture drawn), or a tensor
     (B or 1, 3, H, W) in [0, 1], of one channel for an adapter that looks at grey. `scale` multiplies what the net adds.
-    It is run in the share of the steps from `start` to `end`, and not at all in the others: `end` is the share that
-    diffusers calls an adapter's factor. `guess`: the authors' guess mode, for drawing without a prompt. The ControlNet
-    sees the conditional half alone, and its finer residuals count less. `kind` is one of `ldm.conditions.CONDITIONS`:
-    where it is named, a picture that doesn't look like one gets a line on stderr.
+    It is run in the share of the steps from `start` to `end`, and not at all in the others: `end` is what diffusers
+    calls an adapter's factor, of which rounding costs it a step here and there. `guess`: the authors' guess mode, for
+    drawing without a prompt. The ControlNet sees the conditional half alone, and its finer residuals count less.
+    `kind` is one of `ldm.conditions.CONDITIONS`: where it is named, a picture that doesn't look like one gets a line on
+    stderr.
     """
 
     net: ControlNet | Adapter

@@ -24,7 +24,7 @@ from ldm.run import Result, Run
 from ldm.sampling import Step
 from ldm.schedules import Level, Schedule
 from ldm.schedules.table import stays
-from ldm.settings import Settings, rows_before
+from ldm.settings import Settings, check_shares, rows_before
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
@@ -95,9 +95,10 @@ class Ensemble:
     at: float = 0.8
 
     def __post_init__(self):
-        if self.base.vae.config.latent_channels != self.refiner.vae.config.latent_channels or not math.isclose(
-            self.base.vae.config.scaling_factor, self.refiner.vae.config.scaling_factor
-        ):
+        check_shares(None, self.at, "at")
+        base, refiner = self.base.vae.config, self.refiner.vae.config
+        same = math.isclose(base.scaling_factor, refiner.scaling_factor)
+        if base.latent_channels != refiner.latent_channels or not same:
             raise LDMError("The base and the refiner have latents of different kinds: they don't go together.")
         if self.refiner.task != "text":
             raise LDMError(
@@ -121,40 +122,69 @@ class Ensemble:
 
     def prepare(self, prompt: str | Sequence[str], **options) -> Run:
         """The base's run, up to where the refiner takes over."""
-        if taken := {"denoising_start", "denoising_end", "handed"} & options.keys():
-            raise LDMError(f"An ensemble itself says where its halves meet (at={self.at:g}): leave {taken.pop()} out.")
-        run = self.base.prepare(prompt, denoising_end=self.at, **options)
-        if not len(run):
-            raise LDMError(f"No step of the base's {len(run.schedule)} lies before {self.at:g} of the road: take more.")
-        return run
+        if taken := {"denoising_start", "denoising_end", "handed", "one_by_one", "after"} & options.keys():
+            raise LDMError(f"An ensemble runs two models, and says itself where they meet: leave {min(taken)} out.")
+        return self.base.prepare(prompt, denoising_end=self.at, **options)
 
     def count(self, settings: Settings, refined: dict) -> int:
         """How many steps both take together, of a run of the base with these settings."""
         schedule = self.base.schedule_of(settings)
         first = rows_before(schedule, self.at)
-        asked = {"steps": settings.steps, "sampler": settings.sampler, "compat": settings.compat} | refined
-        own = self.refiner.schedule(**{name: asked[name] for name in ("steps", "sampler", "compat")})
+        asked = self.shared(settings, {}, refined)
+        levels = ("steps", "sampler", "rule", "sigmas", "timesteps", "compat")
+        own = self.refiner.schedule(**{name: asked[name] for name in levels if name in asked})
         after = len(own) - rows_before(own, self.at) if settings.compat else len(below(own, schedule[first]))
         return first - settings.rows(schedule).start + after
 
     def walk(self, first: Run, options: dict, refined: dict) -> Iterator[Step]:
-        """The steps of the base's run, and of the refiner's, which is prepared when the base is done."""
+        """The steps of the base's run, and of the refiner's, which is prepared when the base is done.
+
+        Of models that are offloaded one at a time is on the device.
+        """
         step = None
         for step in first.steps():
             yield step
-        send_home(self.base)  # if it is offloaded, the refiner is to have the device to itself
-        yield from self.take_over(step, first, options, refined).steps()
+        send_home(self.base)
+        try:
+            yield from self.take_over(step, first, options, refined).steps()
+        finally:
+            send_home(self.refiner)
 
     def take_over(self, step: Step, first: Run, options: dict, refined: dict) -> Run:
         """The refiner's run, from the base's last step."""
         settings = first.settings
-        shared = {name: options[name] for name in SHARED if name in options} | {"steps": settings.steps} | refined
-        if shared.get("compat"):
-            shared["denoising_start"] = self.at
-        negative = list(settings.negative) if any(settings.negative) else None
+        asked = self.shared(settings, options, refined)
+        if settings.compat:
+            asked["denoising_start"] = self.at
+            sampler = asked["sampler"]
+            if (settings.sampler in OF_RATIO) != (sampler in OF_RATIO):
+                raise LDMError(
+                    f"Under compat {settings.sampler} can't hand over to {sampler}: of diffusers' classes one keeps x "
+                    "and the other x / alpha. Take the same method for both, or leave compat out."
+                )
+        given = any(each is not None for each in settings.negative)
+        negative = list(settings.negative) if given else None
         prompts, seed = list(settings.prompt), settings.seeds[0]
-        return self.refiner.prepare(prompts, negative=negative, seed=seed, handed=step, **shared)
+        return self.refiner.prepare(prompts, negative=negative, seed=seed, handed=step, **asked)
 
-
-# Options of the base that hold for the refiner, too.
-SHARED = ("guidance", "sampler", "eta", "rule", "sigmas", "compat", "clip_skip", "together")
+    def shared(self, settings: Settings, options: dict, refined: dict) -> dict:
+        """The refiner's options: the base's method, and what `refined` says. Raises LDMError for what is the base's."""
+        if (
+            taken := {"prompt", "negative", "seed", "count", "handed", "image", "mask", "width", "height"}
+            & refined.keys()
+        ):
+            raise LDMError(f"The refiner goes on with the base's {min(taken)}: leave it out of refined.")
+        asked = {name: getattr(settings, name) for name in ("sampler", "rule", "eta", "guidance", "compat")}
+        if "sampler" in refined:  # with whatever eta it has
+            del asked["eta"]
+        numbers = "timesteps" in refined or not isinstance(refined.get("sigmas", ""), str)  # levels one by one
+        same = not numbers and not {"steps", "sigmas"} & refined.keys()
+        if same and settings.timesteps is not None:
+            asked["timesteps"] = settings.timesteps
+        elif same and not isinstance(settings.sigmas, str):
+            asked["sigmas"] = settings.sigmas
+        else:
+            asked |= {"steps": settings.steps} if not numbers else {}
+            named = settings.timesteps is None and isinstance(settings.sigmas, str)
+            asked |= {"sigmas": settings.sigmas} if named and "timesteps" not in refined else {}
+        return asked | {name: options[name] for name in ("clip_skip", "together", "tile") if name in options} | refined

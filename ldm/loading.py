@@ -98,20 +98,22 @@ def is_xl(unet: UNetConfig) -> bool:
 
 def choose_dtypes(dtype: Dtype | Mapping[str, Dtype], configs: dict, folder: Path) -> dict[str, torch.dtype]:
     """The dtype of each part. Raises LDMError for one that is none, and for a part that isn't there."""
-    if not isinstance(dtype, Mapping):
-        chosen = dict.fromkeys(configs, find_dtype(dtype))
-        # SDXL's VAE overflows in float16, and its file says so; those of SD 1 and 2 say so too, and don't.
-        if is_xl(configs["unet"]) and configs["vae"].force_upcast and chosen["vae"] == torch.float16:
-            chosen["vae"] = torch.float32
-            say_on_stderr(f"{folder}: the VAE is read in float32, for its file says that float16 is too narrow for it.")
-        return chosen
-    if unknown := [name for name in dtype if name not in (*configs, "rest")]:
+    asked = dict(dtype) if isinstance(dtype, Mapping) else {"rest": dtype}
+    if "text_encoder" in asked and "text_encoder" not in configs:  # a refiner's only one is its first in a pipeline
+        asked["text_encoder_2"] = asked.pop("text_encoder")
+    if unknown := [name for name in asked if name not in (*configs, "rest")]:
         raise LDMError(
             f"A dtype is given for {unknown[0]!r}, which {folder} doesn't have: it has {', '.join(configs)}."
             + nearest(str(unknown[0]), configs)
         )
-    rest = dtype.get("rest", torch.float32)
-    return {name: find_dtype(dtype.get(name, rest)) for name in configs}
+    rest = asked.get("rest", torch.float32)
+    chosen = {name: find_dtype(asked.get(name, rest)) for name in configs}
+    # SDXL's VAE overflows in float16, and its file says so; those of SD 1 and 2 say so too, and don't.
+    narrow = is_xl(configs["unet"]) and configs["vae"].force_upcast and chosen["vae"] == torch.float16
+    if narrow and "vae" not in asked:
+        chosen["vae"] = torch.float32
+        say_on_stderr(f"{folder}: the VAE is read in float32, for its file says that float16 is too narrow for it.")
+    return chosen
 
 
 def load_controlnet(

@@ -139,6 +139,11 @@ def send_home(pipe: Parts) -> None:
         stage.clear()
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a part, or a ControlNet beside it, is brought to the device by `offload` when it is at work."""
+    return any(isinstance(vars(each).get("forward"), AtWork) for each in module.modules())
+
+
 def stages_of(pipe: Parts) -> list["Stage"]:
     """The one stage of an offloaded pipeline; several, if its parts were offloaded with others."""
     found: dict[Stage, None] = {}

@@ -60,7 +60,8 @@ def tell(
     if noise_level is not None:
         labels = torch.full((count,), noise_level, device=like.device)
     if config.time_cond_proj_dim is not None:
-        scale = guidance_embedding(torch.tensor([float(guidance)] * count), config.time_cond_proj_dim).to(like)
+        scale = torch.tensor([guidance] * count, dtype=torch.float64)
+        scale = guidance_embedding(scale, config.time_cond_proj_dim).to(like)
     return Told(like, Extras(pooled, ids, labels, scale))
 
 

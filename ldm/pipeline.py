@@ -30,17 +30,18 @@ from ldm.diffusion import Prediction
 from ldm.ensemble import handed_latent, handed_schedule
 from ldm.errors import LDMError, say_on_stderr
 from ldm.guidance import Network, denoiser
+from ldm.memory import is_offloaded
 from ldm.network import Beside, guided, tell, unguided
 from ldm.noise import Noise
 from ldm.parts import Parts
-from ldm.precision import cast, in_range
+from ldm.precision import cast, in_range, narrowed
 from ldm.run import Result, Run, finite
 from ldm.samplers import find_sampler
 from ldm.samplers.inverse import ddim_inverse
 from ldm.sampling import Sampler, Step
 from ldm.schedules import Level, Schedule, alpha_bars
 from ldm.schedules.table import level_at
-from ldm.settings import Settings, choose_levels, choose_settings, whole
+from ldm.settings import Settings, check_rows, choose_levels, choose_settings, whole
 from ldm.text.words import Reader, Words, nothing, read
 from ldm.tiles import in_tiles
 
@@ -162,6 +163,8 @@ class Pipeline(Parts):
                 network = self.network(settings, clip_skip, together, told)
         elif control:
             raise LDMError("A network of your own is given: put the ControlNets into it (ldm.control), not beside it.")
+        else:
+            network = narrowed(network, self.dtype)
         decode = partial(self.decode, tile=tile)
 
         def finish(x: Tensor) -> Result:
@@ -181,7 +184,8 @@ class Pipeline(Parts):
         `refine`: how often each step is corrected; the other options are those of `prepare`. With guidance, or with few
         steps, corrections may lead away from the road rather than to it: then take more steps, or guidance 1.
         """
-        if taken := {"sampler", "strength", "steps_are", "mask", "paste", "latents", "eta"} & options.keys():
+        midway = {"handed", "denoising_start", "denoising_end"}
+        if taken := {"sampler", "strength", "steps_are", "mask", "paste", "latents", "eta", *midway} & options.keys():
             raise LDMError(
                 f"Inversion walks DDIM's road from the whole picture: leave {' and '.join(sorted(taken))} out."
             )
@@ -276,7 +280,7 @@ class Pipeline(Parts):
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise LDMError(f"The {name} given hold numbers that are not finite (NaN or infinity).")
         chosen = settings.timesteps is not None or not isinstance(settings.sigmas, str)
-        if settings.strength is None and schedule[0].sigma < 0.9 and chosen:
+        if settings.strength is None and given.x0 is None and schedule[0].sigma < 0.9 and chosen:
             say_on_stderr(
                 f"The first level holds {schedule[0].sigma:.2f} of noise, and the run begins from noise alone: what is "
                 "above that level is left out."
@@ -284,12 +288,15 @@ class Pipeline(Parts):
         # In half precision every step would round x once more.
         dtype = torch.promote_types(self.dtype, torch.float32)
         like = torch.empty(shape, dtype=dtype, device=self.device)
-        road = tasks.Road(self.vae, schedule, settings.rows(schedule).start, noise, latents, like)
-        if self.task == "upscale":
-            bar = alpha_bars(self.low_res).double()[settings.noise_level].item()
-            start = tasks.begin_upscaling(road, given, level_at(0, settings.noise_level, bar))
-        else:
-            start = tasks.begin(self.task, road, given, settings.strength, nearest=settings.compat)
+        rows = settings.rows(schedule)
+        check_rows(rows, settings)
+        road = tasks.Road(self.vae, schedule, rows.start, noise, latents, like)
+        with self.precision():
+            if self.task == "upscale":
+                bar = alpha_bars(self.low_res).double()[settings.noise_level].item()
+                start = tasks.begin_upscaling(road, given, level_at(0, settings.noise_level, bar))
+            else:
+                start = tasks.begin(self.task, road, given, settings.strength, nearest=settings.compat)
         finite(start.x, "the VAE's encoder")
         return start
 
@@ -302,7 +309,13 @@ class Pipeline(Parts):
             each.check_base(self.unet.config, self.vae.config, place)
             picture = each.pictures(settings.width, settings.height, len(settings.seeds))
             weight = next(each.net.parameters())
-            features = each.net.condition(picture.to(self.device, weight.dtype))
+            if weight.device.type != self.device.type and not is_offloaded(each.net):
+                raise LDMError(
+                    f"The net{place} lies on {weight.device}, and the pipeline computes on {self.device}: move it "
+                    "there (net.to), or name it where the pipeline is offloaded (ldm.memory.offload, others=[net])."
+                )
+            with self.precision():
+                features = each.net.condition(picture.to(self.device, weight.dtype))
             # Of strength 0 no step is drawn, but inversion goes all of them.
             first = settings.rows(schedule).start % len(schedule)
             seen.append(Seen(each, features, each.rows(first, len(schedule))))
@@ -344,7 +357,7 @@ class Pipeline(Parts):
 
         `tile`: decode in overlapping tiles of so many pixels; 0 is all at once.
         """
-        x0 = finite(x0, "the latents")
+        x0 = finite(x0, "the latents").to(self.device)
         size, overlap = self.tiles(tile) if tile else (max(x0.shape[2:]), 0)
         factor = self.vae.config.factor
         with self.precision():

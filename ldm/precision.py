@@ -31,12 +31,21 @@ def cast(network: Network, dtype: torch.dtype | None) -> Network:
     return inside
 
 
+def narrowed(network: Network, dtype: torch.dtype) -> Network:
+    """A network that takes latents in the loop's dtype, made of one that takes them in `dtype`, the UNet's."""
+
+    def inside(x: Tensor, level: Level) -> Output:
+        return Output(*(each if each is None else each.to(x.dtype) for each in network(x.to(dtype), level)))
+
+    return inside
+
+
 def in_range(vae: VAE, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function`, which runs the VAE, of `x` in the VAE's dtype; in float32 where that is too narrow for what it makes.
 
     SDXL's VAE goes beyond float16's 65504 inside, and what comes out is NaN: a black picture, if nobody looks.
     """
-    dtype, autocast = vae.dtype, torch.is_autocast_enabled(x.device.type)
+    dtype, autocast = vae.dtype, x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
     y = function(x.to(dtype))
     if torch.isfinite(y).all() or (dtype.itemsize >= 4 and not autocast):
         return y

@@ -80,6 +80,22 @@ class Settings(Levels):
         return range(first, len(schedule) if self.denoising_end is None else rows_before(schedule, self.denoising_end))
 
 
+def check_rows(rows: range, settings: Settings) -> None:
+    """Refuse a run between two shares of the road in which no step is left: of strength 0 alone none is wanted."""
+    if rows or (settings.denoising_start is None and settings.denoising_end is None):
+        return
+    if settings.denoising_end is None or not rows.stop:
+        name = "denoising_start" if settings.denoising_end is None else "denoising_end"
+        raise LDMError(
+            f"No step of {settings.steps} lies on that side of {name} {getattr(settings, name):g}: take more steps."
+        )
+    first = "denoising_start" if settings.strength is None else f"strength {settings.strength:g}"
+    raise LDMError(
+        f"No step is left to run: {first} begins at row {rows.start}, and denoising_end {settings.denoising_end:g} "
+        f"ends at row {rows.stop} of {settings.steps}."
+    )
+
+
 def rows_before(schedule: Schedule, share: float) -> int:
     """How many rows lie in that share of training's timesteps, counted from the noisiest (as diffusers rounds them)."""
     cutoff = round(schedule.total - share * schedule.total)
@@ -280,9 +296,9 @@ def choose_settings(
     )
 
 
-def check_shares(start: float | None, end: float | None) -> None:
+def check_shares(start: float | None, end: float | None, name_of_end: str = "denoising_end") -> None:
     """Refuse shares of the road that are none, or that leave nothing of it."""
-    for name, share in (("denoising_start", start), ("denoising_end", end)):
+    for name, share in (("denoising_start", start), (name_of_end, end)):
         if share is not None and not (isinstance(share, Real) and 0 < share < 1):
             raise LDMError(f"{name} must be a share of the road above 0 and below 1, like 0.8, not {share!r}.")
     if start is not None and end is not None and start >= end:

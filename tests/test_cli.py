@@ -108,7 +108,7 @@ def test_the_png_says_how_it_was_made(cli, model):
         "prompt": HOUSE, "negative": "a tree", "seed": 7, **DEFAULTS, "eta": 0.0, "width": SIZE, "height": 2 * SIZE,
         "rule": "ddim", "sigmas": "spaced", "timesteps": None, "compat": False, "clip_skip": 0, "dtype": "float32",
         "strength": None, "image_guidance": None, "noise_level": None, "given": {}, "pictures": [],
-        "sizes": None, "negative_sizes": None, "memory": [],
+        "sizes": None, "negative_sizes": None, "autocast": None, "memory": [],
         "model": str(model), "model_hash": folder_hash(model), "device": "cpu", "batch": 1,
         "version": ldm.__version__, "torch": str(torch.__version__),
         "pixels": pixel_hash(Image.open("a.png")),
@@ -1011,11 +1011,21 @@ def test_switches_of_memory_change_no_picture_and_are_told(cli):
     assert cli("rerun", out[0]).out.splitlines()[1] == f"  memory: {told!r} then, [] now"
 
 
-def test_under_autocast_a_picture_is_drawn_in_bfloat16(cli):
-    cli("generate", HOUSE, "--out", "plain.png")
-    cli("generate", HOUSE, "--autocast", "bfloat16", "--out", "cast.png")
-    apart = np.abs(np.asarray(Image.open("plain.png"), int) - np.asarray(Image.open("cast.png"), int))
-    assert 0 < apart.mean() < 20 and read_settings("cast.png")["dtype"] == "float32"
+def test_under_autocast_a_picture_is_drawn_in_bfloat16(cli, model):
+    own = ("--model", shutil.copytree(model, "model"))  # a pipeline that no other test is given
+    cli("generate", HOUSE, *own, "--out", "folder/")
+    cli("generate", HOUSE, *own, "--autocast", "bfloat16", "--out", "cast.png")
+    pair = [np.asarray(Image.open(path), int) for path in ("folder/a-large-red-house-0.png", "cast.png")]
+    found = read_settings("cast.png")
+    assert 0 < np.abs(pair[0] - pair[1]).mean() < 20
+    assert (found["dtype"], found["autocast"], found["memory"]) == ("float32", "bfloat16", [])
+    assert cli("rerun", "cast.png").out == "cast.png: identical.\n"
+    other = cli("generate", HOUSE, *own, "--autocast", "bfloat16", "--out", "folder/", status=1)
+    assert "autocast: None then, 'bfloat16' now" in other.err
+    told = cli("rerun", "cast.png", "--slice-vae", "--out", "again.png")
+    assert "identical" in told.out and read_settings("again.png")["memory"] == ["slice_vae=True"]
+    save_png(Image.open("cast.png"), "forged.png", found | {"autocast": "float8"})
+    assert "don't belong together" in cli("rerun", "forged.png", status=1).err
 
 
 @pytest.mark.parametrize(

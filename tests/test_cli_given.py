@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import re
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -920,6 +921,11 @@ def test_sdxl_is_drawn_told_of_sizes_and_drawn_again(cli, xl):
     assert found["sizes"] == {"original": [200, 300], "crop": [3, 7], "target": [32, 48], "score": None}
     assert found["negative_sizes"] == {"original": [80, 90], "crop": [3, 7], "target": [77, 66], "score": None}
     assert cli("rerun", "a.png").out == "a.png: identical.\n"
+    words = ("--model", xl[0], *XL, "--negative", "fog", "--out", "pictures/")
+    same = ("--negative-sizes", "original=90x80,crop=7x3,target=66x77")
+    cli("generate", HOUSE, *words, *sizes)
+    for other in (("--sizes", "original=300x200", *same), sizes[:2]):
+        assert "was drawn with other settings" in cli("generate", HOUSE, *words, *other, status=1).err
     cli("generate", HOUSE, "--model", xl[0], *XL, "--seed", 3, "--out", "b.png")  # no negative words: zeros
     assert read_settings("b.png")["negative"] is None
     assert pixel_hash(Image.open("b.png")) == pixel_hash(pipe(HOUSE, **drawn).images[0])
@@ -976,7 +982,56 @@ def test_what_cannot_be_said_of_sdxl_is_refused(cli, xl, what):
     assert sentence in found.err and not Path("a.png").exists()
 
 
+def test_half_precision_leaves_a_vae_in_float32_whose_file_asks_for_it(cli, xl):
+    folder = Path(shutil.copytree(xl[0], "model"))
+    write_json(folder / "vae" / "config.json", read_json(folder / "vae" / "config.json") | {"force_upcast": True})
+    found = cli("generate", HOUSE, "--model", folder, *XL, "--dtype", "float16", "--out", "a.png")
+    assert "the VAE is read in float32" in found.err
+    assert read_settings("a.png")["dtype"] == "float16,vae=float32"
+    assert cli("rerun", "a.png").out == "a.png: identical.\n"
+
+
 def test_parts_of_two_dtypes_are_drawn_again_as_they_were(cli, xl):
     cli("generate", HOUSE, "--model", xl[0], *XL, "--dtype", "float32,vae=bfloat16", "--out", "a.png")
     assert read_settings("a.png")["dtype"] == "float32,vae=bfloat16"
+    assert cli("rerun", "a.png").out == "a.png: identical.\n"
+
+
+def test_an_enlarged_picture_of_sdxl_is_told_its_larger_size_and_drawn_again(cli, xl):
+    words = ("--enlarge", 2, "--sizes", "crop=3x5", "--seed", 2)
+    cli("generate", HOUSE, "--model", xl[0], *XL, *words, "--out", "a.png")
+    assert Image.open("a.png").size == (96, 64)
+    assert cli("rerun", "a.png").out == "a.png: identical.\n"
+    pipe, drawn = ldm.load(xl[0]), {"steps": 5, "sampler": "ddim", "seed": 2}
+    small = pipe(HOUSE, width=48, height=32, sizes={"crop": (5, 3)}, **drawn).x0
+    large = pipe(HOUSE, image=pipe.enlarge(small, 2), strength=0.6, sizes={"crop": (5, 3)}, **drawn)
+    assert large.settings.sizes.target == (64, 96) and pixel_hash(large.images[0]) == pixel_hash(Image.open("a.png"))
+
+
+def test_switches_of_memory_hold_for_nets_too(cli, nets, monkeypatch):
+    from ldm import memory
+
+    named = []
+    for name in ("slice_attention", "channels_last"):
+        plain = getattr(memory, name)
+        monkeypatch.setattr(
+            memory,
+            name,
+            lambda pipe, *a, plain=plain, others=(), **k: (named.append(len(others)), plain(pipe, *a, **k)),
+        )
+    monkeypatch.setattr(memory, "slice_attention", lambda pipe, rows, others=(): named.append(len(others)))
+    words = ("--slice-attention", 4, "--channels-last", "--control", f"as-is-canny@{nets[0]}:photo.png")
+    cli("generate", HOUSE, *words, "--out", "a.png")
+    assert named == [0, 0, 1, 1]
+
+
+def test_a_refiner_with_another_scheduler_is_drawn_again_as_it_was(cli, xl, tmp_path):
+    from shutil import copytree
+
+    other = copytree(xl[1], tmp_path / "other")
+    path = other / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(read_json(path) | {"_class_name": "DPMSolverMultistepScheduler"}))
+    words = ("--refiner", other, "--hand-over", 0.6)
+    cli("generate", HOUSE, "--model", xl[0], "--steps", 5, "--width", 48, "--height", 32, *words, "--out", "a.png")
+    assert read_settings("a.png")["sampler"] == "euler"
     assert cli("rerun", "a.png").out == "a.png: identical.\n"

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from reference import assert_close
 from test_pipeline import OF_RATIO, equal, generators, landed
-from test_sdxl import F64, NEGATIVE, PROMPTS, SIZE, run_diffusers, run_ours, scheduler_like
+from test_sdxl import F64, NEGATIVE, PROMPTS, SIZE, Changed, run_diffusers, run_ours, scheduler_like
 from tiny_pairs import PROMPT, with_scheduler
 
 import ldm
@@ -70,6 +70,8 @@ def test_under_compat_the_ensemble_equals_diffusers(models, case, capsys):
     assert mismatch == (n != m)
     assert ("is told that its latent is at" in capsys.readouterr().err) == mismatch
     equal([step.x for step in steps[len(first) :]], second, 1e-11)
+    run = two.prepare(**REQUEST, **SIZE, **told, seed=5, steps=n, compat=True)
+    assert two.count(run.settings, {"steps": m}) == len(steps)
     result = two(**REQUEST, **SIZE, **told, seed=5, steps=n, compat=True, refined={"steps": m})
     drawn = np.stack([np.asarray(image) for image in result.images])
     assert np.abs(drawn - pixels).max() == 0 and pixels.std() > 20
@@ -87,6 +89,17 @@ def test_latents_given_by_hand_begin_where_diffusers_begins(models):
     equal(middle, first[5:], 1e-11)
 
 
+def test_a_step_that_begins_at_the_very_share_is_the_base_s(models):
+    """As in diffusers: not below the cutoff is before the hand-over, below it is after."""
+    scheduler, _ = scheduler_like("ddim", "leading", 10, F64, steps_offset=0)  # 900, 800, ..., 200, ...
+    request = {**REQUEST, **SIZE, "denoising_end": 0.8}
+    reference, pipe = models.reference("sdxl", F64), with_scheduler(models.ours("sdxl", F64), scheduler)
+    theirs, _ = run_diffusers(StableDiffusionXLPipeline, reference, scheduler, 10, request, F64)
+    ours = list(pipe.steps(**request, seed=5, steps=10, compat=True))
+    equal([step.x for step in ours], theirs, 1e-11)
+    assert ours[-1].level.t == 200
+
+
 def test_by_default_the_refiner_begins_at_the_level_that_is_handed_over(models, capsys):
     _, (base, refiner), _ = pair(models, "ddim", "leading", 8, 11)
     steps = list(Ensemble(base, refiner, 0.7).steps(**REQUEST, **SIZE, seed=5, steps=8, refined={"steps": 11}))
@@ -98,11 +111,14 @@ def test_by_default_the_refiner_begins_at_the_level_that_is_handed_over(models, 
     assert steps[-1].next.sigma == own[-1].sigma
     said = capsys.readouterr().err
     assert f"stops at t = {levels[k].t:g}" in said and f"to {levels[k + 1].t:g}" in said
+    above = min((row for row in own if row.ratio > levels[k].ratio), key=lambda row: row.ratio)
+    assert f"(that has {above.t:g} and {levels[k + 1].t:g})" in said
 
 
 def test_equal_tables_are_handed_over_without_a_word(models, capsys):
     """And then by default and under compat it is the same run, of which nothing is lost or done twice."""
     _, (base, refiner), _ = pair(models, "dpm++2m", "leading", 10, 10)
+    capsys.readouterr()  # what diffusers says when it writes the folders
     options = {**REQUEST, **SIZE, "seed": 5, "steps": 10}
     plain = list(Ensemble(base, refiner).steps(**options))
     compat = list(Ensemble(base, refiner).steps(**options, compat=True))
@@ -122,10 +138,16 @@ def test_equal_tables_are_handed_over_without_a_word(models, capsys):
 def test_an_ensemble_of_one_model_is_that_model(models):
     """Nothing is added or lost where it hands over to itself, also with noise on the way."""
     pipe = with_scheduler(models.ours("sdxl", F64), scheduler_like("ddim", "leading", 10, F64)[0])
-    for sampler in ("ddim", "euler-a", "ddpm"):
-        options = {**REQUEST, **SIZE, "seed": 5, "steps": 10, "sampler": sampler}
+    for asked in (
+        {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 0.7, "clip_skip": 1},
+        {"sampler": "euler-a"},
+        {"sampler": "ddpm", "rule": "euler"},
+        {"sampler": "euler", "sigmas": "karras"},
+    ):
+        options = {**REQUEST, **SIZE, "seed": 5, "steps": 10, **asked}
         whole, two = list(pipe.steps(**options)), list(Ensemble(pipe, pipe, 0.7).steps(**options))
-        assert all(torch.equal(a.x, b.x) for a, b in zip(whole, two, strict=True)), sampler
+        assert all(torch.equal(a.x, b.x) for a, b in zip(whole, two, strict=True)), asked
 
 
 def test_the_refiner_is_told_its_score_and_the_base_s_sizes_stay_there(models):
@@ -143,15 +165,64 @@ def test_a_mask_of_the_base_s_is_kept_by_the_pair(models, dtype):
 
     image, mask = picture(1, 48, 32), box_mask(48, 32, 8, 8, 24, 24)
     two = Ensemble(models.ours("sdxl", dtype), models.ours("refiner", dtype), 0.5)
-    found = two(PROMPT, image=image, mask=mask, steps=4, seed=1).images[0]
+    options = {"image": image, "mask": mask, "steps": 4, "seed": 1}
+    found = two(PROMPT, **options).images[0]
+    late = {**options, "strength": 0.75}  # a step less
+    assert two.count(two.prepare(PROMPT, **late).settings, {}) == len(list(two.steps(PROMPT, **late))) == 3
     kept, given, drawn = np.asarray(mask) < 128, np.asarray(image), np.asarray(found)
     assert (drawn[kept] == given[kept]).all() and (drawn[~kept] != given[~kept]).mean() > 0.5
+
+
+def test_the_refiner_goes_on_by_the_base_s_method_whatever_its_folder_says(models, capsys):
+    base = with_scheduler(models.ours("sdxl", F64), scheduler_like("euler", "leading", 6, F64)[0])
+    refiner = with_scheduler(models.ours("refiner", F64), scheduler_like("dpm++2m karras", "leading", 6, F64)[0])
+    two, options = Ensemble(base, refiner, 0.6), {**REQUEST, **SIZE, "seed": 5}
+    steps = list(two.steps(**options, steps=6))
+    assert [step.level[1:] for step in steps] == [row[1:] for row in base.schedule(6).levels[:-1]]
+    assert capsys.readouterr().err == ""
+    same = list(two.steps(**options, steps=6, refined={"sampler": "euler", "rule": "euler", "sigmas": "spaced"}))
+    assert torch.equal(same[-1].x, steps[-1].x)
+    own = list(two.steps(**options, steps=6, refined={"sampler": "dpm++2m", "rule": "dpm", "sigmas": "karras"}))
+    assert (own[-1].x - steps[-1].x).abs().max() > 1e-3 * own[-1].x.abs().max()
+    for asked, refined in (
+        ({"steps": 7, "rule": "dpm", "sigmas": "karras"}, {}),
+        ({"sigmas": [14.6, 8, 4, 2, 1, 0.5, 0]}, {}),
+        ({"sigmas": [14.6, 8, 4, 2, 1, 0.5, 0]}, {"steps": 9}),
+        ({"timesteps": [900, 700, 500, 300, 100]}, {}),
+        ({"steps": 5, "sampler": "ddim", "eta": 0.5}, {"sampler": "euler", "steps": 8}),
+    ):
+        capsys.readouterr()
+        taken = list(two.steps(**options, **asked, refined=refined))
+        assert len(taken) == two.count(base.settings(**options, **asked), refined)
+        assert "holds" not in capsys.readouterr().err  # it doesn't begin from noise
+    assert not two.refiner.zero_negative
+    plain = list(Ensemble(base, base, 0.6).steps(PROMPT, **SIZE, steps=5, negative="", seed=1))
+    assert torch.equal(plain[-1].x, list(base.steps(PROMPT, **SIZE, steps=5, negative="", seed=1))[-1].x)
+
+
+def test_of_two_offloaded_models_one_is_on_the_device(models):
+    from ldm import memory
+
+    two = Ensemble(ldm.load(models.folder("sdxl")), ldm.load(models.folder("refiner")), 0.5)
+    expected = two(PROMPT, steps=4, seed=1, **SIZE).x0
+    for pipe in (two.base, two.refiner):
+        memory.offload(pipe, "cpu")
+    stages = [memory.stages_of(pipe)[0] for pipe in (two.base, two.refiner)]
+    for _ in range(2):
+        first, x = two.prepare(PROMPT, steps=4, seed=1, **SIZE), None
+        for step in two.walk(first, {}, {}):
+            assert sum(bool(stage.present) for stage in stages) == 1
+            x = step.x
+        assert not any(stage.present for stage in stages)
+        assert torch.equal(x, expected)
 
 
 WRONG = {
     "no share": ({"denoising_end": 1.5}, "denoising_end must be a share of the road above 0 and below 1"),
     "a word": ({"denoising_start": "late", "image": True}, "denoising_start must be a share"),
     "nothing between": ({"denoising_start": 0.8, "denoising_end": 0.5, "image": True}, "nothing is left between them"),
+    "nothing at all": ({"denoising_start": 0.5, "denoising_end": 0.5, "image": True}, "nothing is left between them"),
+    "the whole road": ({"denoising_end": 1.0}, "denoising_end must be a share of the road above 0 and below 1"),
     "no latents": ({"denoising_start": 0.8}, "goes on from latents on the way"),
     "a strength": ({"denoising_start": 0.8, "image": True, "strength": 0.5}, "knows no strength"),
 }
@@ -181,12 +252,31 @@ def test_what_cannot_be_handed_over_is_refused(models):
             refiner.prepare(PROMPT, handed=step, steps=5, **options)
     with pytest.raises(LDMError, match="has no row below it"):
         taken_over(refiner.schedule(3), refiner.schedule(3).levels[-1])
-    with pytest.raises(LDMError, match="itself says where its halves meet"):
+    with pytest.raises(LDMError, match="says itself where they meet: leave denoising_end out"):
         Ensemble(base, refiner)(PROMPT, denoising_end=0.5)
-    with pytest.raises(LDMError, match="No step of the base's 1 lies before"):
+    with pytest.raises(LDMError, match=r"No step of 1 lies on that side of denoising_end 0\.0001"):
         Ensemble(base, refiner, 0.0001)(PROMPT, steps=1, sampler="ddim", **SIZE)
+    with pytest.raises(
+        LDMError, match=r"No step is left to run: strength 0\.1 begins at row 18, .* ends at row 10 of 20"
+    ):
+        base.prepare(PROMPT, image=torch.zeros(1, 4, 4, 6), strength=0.1, denoising_end=0.5, steps=20)
+    with pytest.raises(LDMError, match=r"No step of 5 lies on that side of denoising_start 0\.9999"):
+        refiner.prepare(PROMPT, image=step.x, denoising_start=0.9999, steps=5)
+    with pytest.raises(LDMError, match="at must be a share of the road above 0 and below 1"):
+        Ensemble(base, refiner, 1.2)
+    with pytest.raises(LDMError, match="leave one_by_one out"):
+        Ensemble(base, refiner)(PROMPT, one_by_one=True)
+    with pytest.raises(LDMError, match="goes on with the base's prompt: leave it out of refined"):
+        Ensemble(base, refiner)(PROMPT, steps=4, refined={"prompt": "a fish"}, **SIZE)
+    with pytest.raises(LDMError, match=r"Under compat ddim can't hand over to euler"):
+        Ensemble(base, refiner)(PROMPT, steps=5, sampler="ddim", compat=True, refined={"sampler": "euler"}, **SIZE)
+    for name in ("denoising_end", "denoising_start", "handed"):
+        with pytest.raises(LDMError, match=f"Inversion walks DDIM's road from the whole picture: leave {name} out"):
+            base.prepare_inversion(step.x, PROMPT, **{name: 0.5})
     with pytest.raises(LDMError, match="latents of different kinds"):
         Ensemble(base, models.ours("sd1"))
+    with pytest.raises(LDMError, match="a model to inpaint pictures; it must go on from a latent alone"):
+        Ensemble(base, Changed(models, in_channels=9).ours("sdxl", torch.float32))
 
 
 def test_ldm_has_the_ensemble_among_its_names():

@@ -27,6 +27,7 @@ from tiny_tasks import box_mask, picture
 
 import ldm
 from ldm.errors import LDMError
+from ldm.guidance import Output
 from ldm.io.folders import read_json
 from ldm.io.weights import read_tensors, save_weights
 from ldm.models.blocks import guidance_embedding
@@ -79,7 +80,7 @@ def test_a_distilled_unet_is_told_its_guidance_and_drawn_as_diffusers_does(model
     capsys.readouterr()
     prediction = MODELS[name][2] if name in MODELS else "epsilon"
     found = {}
-    for guidance in (8.5, 1.0):
+    for guidance in (8.1, 8.5, 1.0):
         scheduler = scheduler_of(LCMScheduler, {**SD, "prediction_type": prediction}, 4, dtype)
         request = {"prompt": PROMPTS, "guidance": guidance, **SIZE}
         found[guidance] = both(base, ours, TEXT_PIPELINES[name], scheduler, 4, request, dtype)
@@ -116,15 +117,16 @@ def test_a_net_beside_a_distilled_unet_is_not_told_the_guidance(models):
 
 
 def test_the_guidance_embedding_is_sinusoids_of_a_thousand_times_the_scale():
-    found = guidance_embedding(torch.tensor([7.5, 1.0]), 8).double()
+    found = guidance_embedding(torch.tensor([7.5, 1.0], dtype=F64), 8).double()
     frequencies = 10000.0 ** (-np.arange(4) / 3)
     angles = 6500 * frequencies
     assert_close(found[0], torch.tensor(np.concatenate([np.sin(angles), np.cos(angles)])), 2e-3)  # 6500 in float32
     assert torch.equal(found[1], torch.tensor([0.0] * 4 + [1.0] * 4).double())
-    assert guidance_embedding(torch.tensor([2.0]), 7).shape == (1, 7)
+    assert guidance_embedding(torch.tensor([2.0], dtype=F64), 7).shape == (1, 7)
     for width in (7, 10, 256):
-        reference = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor([6.5, 0.0]), width)
-        assert torch.equal(guidance_embedding(torch.tensor([7.5, 1.0]), width), reference)
+        for scale in (7.5, 8.1, 1.0, 3.3):  # most are none of binary's: subtracted first, then rounded
+            reference = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor([scale - 1]), width)
+            assert torch.equal(guidance_embedding(torch.tensor([scale], dtype=F64), width), reference)
 
 
 def test_a_distilled_folder_is_drawn_in_four_steps(models, tmp_path):
@@ -335,10 +337,11 @@ def test_pictures_are_given_and_led_in_any_mixture_of_dtypes(models):
     from ldm.models.controlnet import ControlNet
 
     pipe = ldm.load(models.folder("sdxl"), {"vae": "float64", "text_encoder_2": "float64", "rest": "float32"})
-    net = ControlNet.from_unet(pipe.unet, (4, 6, 10, 12)).double()
-    control = Control(randomise(net, 5), picture(3, 48, 32), 0.5)
-    options = {"steps": 3, "image": picture(1, 48, 32), "mask": box_mask(48, 32, 8, 8, 24, 24), "control": control}
-    assert pipe(PROMPT, **options).x0.dtype == F32
+    for dtype in (F64, torch.bfloat16):
+        net = randomise(ControlNet.from_unet(pipe.unet, (4, 6, 10, 12)), 5).to(dtype)
+        control = Control(net, picture(3, 48, 32), 0.5)
+        options = {"steps": 3, "image": picture(1, 48, 32), "mask": box_mask(48, 32, 8, 8, 24, 24), "control": control}
+        assert pipe(PROMPT, **options).x0.dtype == F32
 
 
 def test_sdxl_s_vae_stays_in_float32_where_its_file_says_so(models, tmp_path, capsys):
@@ -352,7 +355,10 @@ def test_sdxl_s_vae_stays_in_float32_where_its_file_says_so(models, tmp_path, ca
         f"{folder}: the VAE is read in float32, for its file says that float16 is too narrow for it.\n"
     )
     assert ldm.load(folder, "bfloat16").vae.dtype == torch.bfloat16  # as wide as float32
-    assert ldm.load(folder, {"rest": "float16"}).vae.dtype == torch.float16  # said by the caller
+    assert ldm.load(folder, {"rest": "float16", "vae": "float16"}).vae.dtype == torch.float16  # said by the caller
+    assert capsys.readouterr().err == ""
+    mixed = ldm.load(folder, {"rest": "float16", "text_encoder": "float32"})  # nothing was said of the VAE
+    assert mixed.vae.dtype == F32 and "the VAE is read in float32" in capsys.readouterr().err
     assert ldm.load(models.folder("sdxl"), "float16").vae.dtype == torch.float16
     assert ldm.load(models.folder("sd1"), "float16").vae.dtype == torch.float16
     assert capsys.readouterr().err == ""
@@ -420,8 +426,44 @@ def test_under_autocast_the_weights_stay_and_the_sums_too(models):
         hook.remove()
     assert computed == {torch.bfloat16} and {step.x.dtype, step.eps.dtype, step.uncond.dtype} == {F32}
     assert found.x0.dtype == F32 and pipe.unet.dtype == F32
+    own = next(pipe.steps(PROMPT, steps=3, **SIZE, network=lambda x, level: Output(x.bfloat16())))
+    assert own.eps.dtype == F32  # nor are they rounded because of what a network of one's own returns
     pipe.autocast = F64
-    with pytest.raises(LDMError, match="autocast computes in bfloat16 or float16, not in torch.float64"):
+    with pytest.raises(LDMError, match=r"autocast computes in bfloat16 or float16, not in torch\.float64"):
         pipe(PROMPT, steps=3, **SIZE)
     scale = plain.x0.abs().max().item()
     assert 1e-6 * scale < (found.x0 - plain.x0).abs().max() < 0.1 * scale
+
+
+def test_a_refiner_s_encoder_may_be_named_as_the_first_or_the_second(models):
+    for name in ("text_encoder", "text_encoder_2"):
+        pipe = ldm.load(models.folder("refiner"), {name: "float64"})
+        assert {part: each.dtype for part, each in pipe.parts().items()} == {
+            "text_encoder": F64,
+            "unet": F32,
+            "vae": F32,
+        }
+
+
+@torch.no_grad()
+def test_a_network_of_one_s_own_is_given_the_unet_s_dtype(models):
+    pipe = ldm.load(models.folder("sd1"), "bfloat16")
+    context, seen = pipe.encode([PROMPT]), []
+
+    def network(x, level):
+        seen.append(x.dtype)
+        return Output(pipe.unet(x, level.t, context))
+
+    result = pipe(PROMPT, network=network, steps=2, **SIZE)
+    assert set(seen) == {torch.bfloat16} and result.x0.dtype == F32 and result.x0.std() > 0.1
+
+
+def test_a_net_that_lies_elsewhere_is_told(models):
+    from ldm.control import Control
+    from ldm.models.controlnet import ControlNet
+
+    pipe = copy(models.ours("sd1"))
+    net = ControlNet.from_unet(pipe.unet, (4, 6, 10, 12))
+    pipe.where = torch.device("meta")
+    with pytest.raises(LDMError, match="The net lies on cpu, and the pipeline computes on meta: move it there"):
+        pipe.look(pipe.settings(PROMPT, **SIZE), pipe.schedule(2), [Control(net, picture(1, 48, 32))])

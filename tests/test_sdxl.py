@@ -212,6 +212,14 @@ def test_words_are_the_last_but_one_layers_of_both_encoders(models):
     assert (found.context[..., :24] - normed).abs().max() > 0.1
 
 
+def test_what_is_cut_off_is_said_once_though_two_encoders_read_it(models, capsys):
+    pipe, long = models.ours("sdxl"), "a fish, " * 50
+    capsys.readouterr()
+    pipe.read([long, PROMPT, long])
+    said = capsys.readouterr().err
+    assert said.count("longer than 77 tokens") == 1 and said.count("\n") == 1
+
+
 def test_defect_diffusers_mixes_the_halves_sizes_up_in_a_batch(models):
     """REFERENCE_DEFECTS.md, 23: of several pictures, ids [neg, pos, neg, pos] meet embeddings [neg, neg, pos, pos]."""
     request = {

@@ -1,6 +1,7 @@
 """Drawing what a command line asks for, stage after stage; and a sheet that explains what the model is given."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ldm.cli.given import Given
@@ -41,9 +42,21 @@ def draw(pipe: "Pipeline", prompt: str, given: Given, watch: "Callable[[Step | N
         height, width = (pipe.vae.config.factor * side for side in large.shape[2:])
         led["control"] = [each.at(width, height) for each in given.led]
         options = {name: value for name, value in options.items() if name not in ABOUT_THE_FIRST}
+        options |= sizes_of_larger(options, (run.settings.height, run.settings.width))
         run = pipe.prepare(prompt, image=large, strength=given.refine, **led, **options)
         x = watched(run.steps(), watch, run.x)
     return run.finish(x)
+
+
+def sizes_of_larger(options: dict, drawn: tuple[int, int]) -> dict:
+    """What SDXL is told of sizes when a picture of the size `drawn` is refined larger: what was as it goes with it."""
+    from ldm.sizes import Sizes
+
+    found = {name: Sizes.read(options[name]) for name in ("sizes", "negative_sizes") if options.get(name) is not None}
+    return {
+        name: replace(each, **{side: None for side in ("original", "target") if getattr(each, side) == drawn})
+        for name, each in found.items()
+    }
 
 
 def watched(steps: "Iterator[Step]", watch: "Callable[[Step | None], None]", x: "Tensor") -> "Tensor":

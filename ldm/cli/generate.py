@@ -23,7 +23,7 @@ from ldm.cli.options import (
     whole,
 )
 from ldm.cli.plan import Job, batches, make_folder, obstacle, plan, prepare, prepare_sheet, read_prompts
-from ldm.cli.record import DECIDES, make_record, pixel_hash
+from ldm.cli.record import DECIDES, make_record, pixel_hash, told_of_memory
 from ldm.errors import LDMError
 from ldm.io.png import save_png
 
@@ -72,7 +72,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     add_model_options(p)
     add_settings(p.add_argument_group("the pictures (what is left out is as the model's folder says)"))
     wishes.add(p.add_argument_group("pictures given (see below)"))
-    add_memory(p.add_argument_group("memory and time (the picture is the same, within rounding)"))
+    add_memory(p.add_argument_group("memory and time"))
     batch = p.add_argument_group("several pictures")
     batch.add_argument("--count", type=whole(1), default=1, metavar="N", help="pictures for each prompt (default: 1)")
     batch.add_argument(
@@ -161,7 +161,7 @@ class Drawing:
     def record(self, job: Job, batch: int = 1) -> dict:
         settings, clip_skip = self.settings(job), self.args.clip_skip
         record = make_record(self.pipe, self.args.model, self.model_hash(), settings, clip_skip, batch, self.given)
-        return record | {"memory": [f"{name}={value}" for name, value in self.memory.items()]}
+        return record | {"memory": told_of_memory(self.memory)}
 
     def inside(self, job: Job) -> Path:
         """Where the steps of this picture go: the folder itself, or one inside it for each of several pictures."""

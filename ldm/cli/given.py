@@ -117,10 +117,8 @@ def open_given(wish: dict, pipe: "Pipeline", model: str, memory: dict | None = N
         given.hashes["refiner"] = folder_hash(find_model(wish["refiner"]))
         given.ensemble(pipe)  # refused now, if they don't go together
     given.led = [open_control(each, wish, pipe, model) for each in wish.get("control", ())]
-    if given.led and memory and "offload" in memory:  # anew, with the nets beside the UNet
-        from ldm.memory import offload
-
-        offload(pipe, pipe.device, memory["offload"], others=[each.net for each in given.led])
+    if given.led and memory:  # anew, with the nets beside the UNet
+        save_memory(pipe, memory, pipe.device, [each.net for each in given.led])
     return given
 
 

@@ -23,7 +23,7 @@ class Inside:
 
     def __init__(self, folder: Path, record: dict):
         self.folder, self.record = folder, record
-        self.thumbs: "list[tuple[Image.Image, str]]" = []
+        self.thumbs = []  # (a small picture, its label)
         make_folder(folder)
         for path in files(folder) if other_run(folder, record) else ():
             path.unlink()

@@ -145,11 +145,12 @@ def add_device(parser: argparse.ArgumentParser, default: str | None = "cpu") -> 
     parser.add_argument("--device", default=default, help="cpu, cuda, cuda:1, mps (default: cpu)")
 
 
+CASTS = ("bfloat16", "float16")  # what autocast computes in
 MEMORY = ("offload", "slice_vae", "slice_attention", "channels_last", "autocast")
 
 
-def add_memory(parser: "argparse._ActionsContainer") -> None:
-    """Less memory, or less time: `ldm.memory`. The picture is the same, within rounding."""
+def add_memory(parser: "argparse._ActionsContainer", autocast: bool = True) -> None:
+    """Less memory, or less time: `ldm.memory`. The picture is the same within rounding, but for autocast."""
     parser.add_argument(
         "--offload", type=one_of(("parts", "blocks")), metavar="BY", help="keep the weights on the CPU, and bring to "
         "--device the part that is at work, or (blocks) the layer: the least memory, and slow",
@@ -160,27 +161,30 @@ def add_memory(parser: "argparse._ActionsContainer") -> None:
         "use only where PyTorch has no fused attention",
     )  # fmt: skip
     parser.add_argument("--channels-last", action="store_true", help="lay convolutions out so: often faster")
+    if not autocast:  # what draws a picture again takes it from the picture
+        parser.set_defaults(autocast=None)
+        return
     parser.add_argument(
-        "--autocast", type=one_of(("bfloat16", "float16")), metavar="DTYPE", help="compute in it with the weights in "
-        "--dtype",
+        "--autocast", type=one_of(CASTS), metavar="DTYPE", help="compute in it with the weights in "
+        "--dtype: this one changes the picture a little",
     )  # fmt: skip
 
 
-def save_memory(pipe: "Pipeline", wish: dict, device: "torch.device") -> None:
-    """Do to a pipeline, whose weights are where they were read to, what was wished of `MEMORY`."""
+def save_memory(pipe: "Pipeline", wish: dict, device: "torch.device", nets: Sequence["torch.nn.Module"] = ()) -> None:
+    """Do to a pipeline, and to ControlNets beside it, what was wished of `MEMORY`."""
     import torch
 
     from ldm import memory
 
     if "slice_attention" in wish:
-        memory.slice_attention(pipe, wish["slice_attention"])
+        memory.slice_attention(pipe, wish["slice_attention"], nets)
     memory.slice_vae(pipe, "slice_vae" in wish)
     if "channels_last" in wish:
-        memory.channels_last(pipe)
+        memory.channels_last(pipe, others=nets)
     if "autocast" in wish:
         pipe.autocast = getattr(torch, wish["autocast"])
     if "offload" in wish:
-        memory.offload(pipe, device, wish["offload"])
+        memory.offload(pipe, device, wish["offload"], nets)
 
 
 LEVELS = ("steps", "sampler", "rule", "sigmas", "timesteps", "compat")  # the options that make the table of levels

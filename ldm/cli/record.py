@@ -26,6 +26,7 @@ DECIDES = {
     "timesteps": NUMBERS | None, "compat": bool, "guidance": float, "eta": float, "width": int, "height": int,
     "clip_skip": int, "dtype": str, "model_hash": str, "strength": float | None, "image_guidance": float | None,
     "noise_level": int | None, "given": dict, "sizes": dict | None, "negative_sizes": dict | None,
+    "autocast": str | None,
 }  # fmt: skip
 # Where it was drawn: numbers may be rounded otherwise elsewhere. `batch` is how many pictures were drawn together.
 # `pictures` are the words of the command line that name the pictures given; `given` is what they were.
@@ -41,7 +42,12 @@ SURROUNDS = {
 }
 # What pictures don't tell that were drawn before ldm was given any.
 BEFORE = {"strength": None, "image_guidance": None, "noise_level": None, "given": {}, "pictures": []}
-BEFORE |= {"sizes": None, "negative_sizes": None, "memory": []}  # nor those that were drawn before ldm knew SDXL
+BEFORE |= {
+    "sizes": None,
+    "negative_sizes": None,
+    "autocast": None,
+    "memory": [],
+}  # nor those that were drawn before ldm knew SDXL
 
 
 def make_record(
@@ -62,6 +68,7 @@ def make_record(
         "given": given.record(),
         "pictures": given.words(),
         "dtype": dtype_of(pipe),
+        "autocast": None if pipe.autocast is None else str(pipe.autocast).removeprefix("torch."),
         "model": model,
         "model_hash": model_hash,
         "device": str(pipe.device),
@@ -70,6 +77,11 @@ def make_record(
         "version": __version__,
         "torch": str(torch.__version__),
     }
+
+
+def told_of_memory(switches: dict) -> list[str]:
+    """The switches of `ldm.memory` as a record has them: autocast, which changes the picture, stands by itself."""
+    return [f"{name}={value}" for name, value in switches.items() if name != "autocast"]
 
 
 def dtype_of(pipe: "Pipeline") -> str:

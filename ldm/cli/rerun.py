@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from ldm.cli import given, wishes
 from ldm.cli.draw import draw
 from ldm.cli.generate import SETTINGS
-from ldm.cli.options import add_device, dtypes_of, find_device, open_model, progress
+from ldm.cli.options import CASTS, MEMORY, add_device, add_memory, dtypes_of, find_device, open_model, progress, said
 from ldm.cli.plan import prepare_file
-from ldm.cli.record import SURROUNDS, differences, make_record, pixel_hash, read_record
+from ldm.cli.record import SURROUNDS, differences, make_record, pixel_hash, read_record, told_of_memory
 from ldm.errors import LDMError
 from ldm.io.png import save_png
 
@@ -31,6 +31,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     p.add_argument("--out", metavar="PNG", help="write the new picture there (default: it is only compared)")
     p.add_argument("--overwrite", action="store_true", help="replace whatever --out names")
     add_device(p, default=None)
+    add_memory(p.add_argument_group("memory and time"), autocast=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
         dtypes_of(old["dtype"])
     except argparse.ArgumentTypeError:
         raise torn(args.picture) from None
+    if old["autocast"] not in (None, *CASTS):
+        raise torn(args.picture)
     if args.out:
         prepare_file(Path(args.out), args.overwrite)
     new_image, new = draw_again(args, old, image.size)
@@ -69,14 +72,15 @@ def torn(path: str) -> LDMError:
 
 def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tuple["Image.Image", dict]:
     """The new picture, drawn alone, and its record; `size` is that of the old picture."""
+    memory = said(args, MEMORY) | ({} if old["autocast"] is None else {"autocast": old["autocast"]})
     try:
-        pipe, model_hash = open_model(args.model or old["model"], old["dtype"], args.device or device_of(old))
+        pipe, model_hash = open_model(args.model or old["model"], old["dtype"], args.device or device_of(old), memory)
     except LDMError as error:
         hint = "" if args.model else f" (The picture names the model {old['model']!r}; --model says where it is now.)"
         raise LDMError(f"{error}{hint}") from error
     options = {name: old[name] for name in ("seed", *SETTINGS) if name != "steps_are"}  # the steps are in total here
     wish = wishes.read_words(old["pictures"], args.picture)
-    opened = given.open_given(wish, pipe, args.model or old["model"])
+    opened = given.open_given(wish, pipe, args.model or old["model"], memory)
     opened.lead(old["width"], old["height"])
     now = opened.record()
     for name in {**now, **old["given"]}:
@@ -91,7 +95,7 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
         result = draw(pipe, old["prompt"], opened, lambda step: bar.update(), clip_skip=old["clip_skip"], **options)
     name = args.model or old["model"]
     record = make_record(pipe, name, model_hash(), settings, old["clip_skip"], batch=1, given=opened)
-    return result.images[0], record | {"pixels": pixel_hash(result.images[0])}
+    return result.images[0], record | {"memory": told_of_memory(memory), "pixels": pixel_hash(result.images[0])}
 
 
 def device_of(old: dict) -> str:

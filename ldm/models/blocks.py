@@ -30,14 +30,15 @@ def timestep_embedding(t: Tensor, width: int, flip_sin_to_cos: bool = True, freq
 
 
 def guidance_embedding(scale: Tensor, width: int) -> Tensor:
-    """Sinusoids of 1000 * (`scale` - 1) (B,), the guidance scale that a distilled UNet is told: (B, width), float32.
+    """Sinusoids of 1000 * (`scale` - 1), the guidance scale (B,), float64, that a distilled UNet is told: (B, width).
 
     Meng et al. 2023 (distillation of guided models), section 3.1, as LCM has it (Luo et al. 2023, section 4.3): from
     frequency 1 down to the very 1/10000, and sines first.
     """
     half = width // 2
-    step = torch.log(torch.tensor(10000.0)) / (half - 1)  # in float32, and in this order, as LCM's training had it
-    angle = (scale.float() - 1)[:, None] * 1000 * (torch.arange(half, dtype=torch.float32) * -step).exp()
+    # In float32 but for the subtraction, and in this order, as LCM's training had it.
+    step = torch.log(torch.tensor(10000.0, dtype=torch.float32)) / (half - 1)
+    angle = (scale - 1).float()[:, None] * 1000 * (torch.arange(half, dtype=torch.float32) * -step).exp()
     return F.pad(torch.cat([angle.sin(), angle.cos()], dim=-1), (0, width % 2))
 
 
