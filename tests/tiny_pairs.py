@@ -152,8 +152,10 @@ class Models:
     def folder(self, name: str) -> Path:
         folder = self.root / name
         if not (folder / "model_index.json").exists():
-            make = build_xl if name in XL else build
+            make, before = build_xl if name in XL else build, torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)  # whoever asks first, and in whatever precision
             make(name, self.root / f"{name}-parts").save_pretrained(folder)
+            torch.set_default_dtype(before)
         return folder
 
     def reference(self, name: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
