@@ -87,7 +87,10 @@ def add_settings(p: "argparse._ArgumentGroup") -> None:
     p.add_argument("--seed", type=SEED, default=0, help="picture k of a prompt is drawn from SEED + k (default: 0)")
     p.add_argument("--negative", metavar="TEXT", help="what to steer away from")
     p.add_argument(
-        "--guidance", type=real(), metavar="SCALE", help="how strongly the prompt counts; 1 or less: not guided"
+        "--guidance",
+        type=real(),
+        metavar="SCALE",
+        help="how strongly the prompt counts; 1 or less: not guided, as Turbo models are drawn",
     )
     add_levels(p)
     p.add_argument(

@@ -31,7 +31,7 @@ def add(p: "argparse._ActionsContainer") -> None:
     p.add_argument("--image", metavar="PICTURE", help="a picture to begin from, to change, to fill or to enlarge")
     p.add_argument(
         "--strength", type=real(0, 1), metavar="S", help="how much of --image is drawn over: 0 nothing, 1 all "
-        "(default: 0.8, with a mask 1)",
+        "(default: 0.8, with a mask 1, by a refiner 0.3)",
     )  # fmt: skip
     p.add_argument(
         "--steps-are", type=one_of(("total", "actual")), metavar="WORD", help="total: strength's share of the steps is "
