@@ -27,11 +27,11 @@ port of your own departs.
 
 Stations: weights, tokenizer, text, vae, unet, controlnet, samplers, pipelines (--only takes some of them). A line says
 the largest difference, the same relative to the reference's largest value, what is allowed, and the milliseconds of
-both. Allowed is 1e-11 in float64, 1e-5 in float32, and for whole runs 1e-10 and 1e-3, for guidance and steps multiply
-rounding. In half precision both are held against float32, and our error may be 1.05 times the reference's, of whole
-runs 1.5 times. Samplers are always compared in float64. At the first station that differs the network is run again
-with every module watched: the first block to differ is named, and likely causes are found by experiment. float64 sees
-what float32's rounding hides.
+both; of a network that is equal, also every module inside it is held against its counterpart. Allowed is 1e-11 in
+float64, 1e-5 in float32, and for whole runs 1e-10 and 1e-3, for guidance and steps multiply rounding. In half precision
+both are held against float32, and our error may be 1.05 times the reference's, of whole runs 1.5 times. Samplers are
+always compared in float64. At the first station that differs the network is run again with every module watched: the
+first block to differ is named, and likely causes are found by experiment. float64 sees what float32's rounding hides.
 
 A port is a Python file with a function load(folder, device, dtype), which returns an object or a dict with any of
   tokenizer(list of prompts) -> ids (B, 77)
@@ -117,7 +117,7 @@ def plan_of(
 
 def walked(args: argparse.Namespace, ours: "Side", theirs: "Side", plan: "Plan") -> int:
     """Print every line when it is known; write the report, also of a walk that was stopped."""
-    from ldm.parity.blocks import Divergence
+    from ldm.parity.blocks import Divergence, Walked
     from ldm.parity.report import Report, header, paragraph, row
     from ldm.parity.walk import Walk, along
 
@@ -127,6 +127,8 @@ def walked(args: argparse.Namespace, ours: "Side", theirs: "Side", plan: "Plan")
         with progress(0, unit=" lines") as bar:
             for found in along(Walk(ours, theirs, plan), args.keep_going, bar.set_description):
                 report.add(found)
+                if isinstance(found, Walked):  # for the page; its line is printed
+                    continue
                 bar.update()
                 with bar.external_write_mode():
                     text = paragraph(found) if isinstance(found, Divergence) else [row(found)]

@@ -5,12 +5,14 @@ itself; if not, the fault lies in the code around it, in the smallest module tha
 Then `causes` experiments with our own module of that name.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from ldm.parity import causes
 from ldm.parity.calls import Block, Call, between, cast, hold, watch
+from ldm.parity.compare import DIFFERS, EQUAL, Line
 from ldm.parity.drawn import widened
 from ldm.parity.inputs import Plan, given
 from ldm.parity.sides import Part, Side
@@ -57,6 +59,51 @@ def look_inside(
         if found is not None:
             return found
     return nowhere(title, blocks, plan)
+
+
+# What a block's output may be off by where the network's own is equal: rounding that later blocks average away.
+MOST = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+
+
+@dataclass(frozen=True)
+class Walked:
+    """Every block of a network whose answer is equal."""
+
+    station: str
+    blocks: tuple[Block, ...] = field(repr=False)
+
+    @property
+    def named(self) -> tuple[Block, ...]:
+        """Those that a reader knows by name: ResNet blocks, attention, transformer blocks, layers, both ends."""
+        return tuple(block for block in self.blocks if block.error is not None and NAMED.fullmatch(block.name))
+
+
+NAMED = re.compile(
+    r"\w+(\.\w+)?|.*\.(resnets|attentions|transformer_blocks|downsamplers|upsamplers|layers|attn[12]|ff|self_attn|mlp)"
+    r"(\.\d+)?"
+)
+
+
+def walk_inside(name: str, title: str, what: str, ours: Side, theirs: Side, plan: Plan) -> tuple[Line, Walked] | None:
+    """Every module of both sides held against the other, at a small size: a line for all of them. None: no modules."""
+    mine, other = ours.parts[name], theirs.parts[name]
+    if mine.module is None or other.module is None:
+        return None
+    inputs = given(name, ours, plan.small(ours.own[0].vae.config.factor))
+    watch(mine, inputs, what), watch(other, inputs, what)  # a first run is slow
+    a, b = watch(mine, inputs, what), watch(other, inputs, what)
+    blocks = tuple(hold(each, a[each], b[each]) for each in a if each in b and each)
+    compared = [block for block in blocks if block.error is not None]
+    if not compared:
+        return None
+    worst, most = max(compared, key=lambda block: block.error), MOST[plan.dtype]
+    verdict = EQUAL if worst.error <= most else DIFFERS
+    note = f"largest in {worst.name}" if worst.error else ""
+    times = (a[""].ms, b[""].ms)
+    line = Line(
+        title, f"each of {len(compared)} modules", verdict, worst.difference, worst.error, most, *times, note=note
+    )
+    return line, Walked(title, blocks)
 
 
 LIGHT = 100_000_000  # parameters of a network that is walked in float64 as well

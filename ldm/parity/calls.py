@@ -1,5 +1,6 @@
 """What every module of a network was given and what it gave, in order of completion, under our names."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +25,17 @@ PLAIN = "written out plainly, as published"  # where this helps, our own code is
 
 @dataclass(frozen=True)
 class Block:
-    """A module of both sides: its output's relative error, and its input's; None where they can't be compared."""
+    """A module of both sides: its output's relative error, and its input's; None where they can't be compared.
+
+    `difference` is the largest of the output, `ours_ms` and `theirs_ms` the time of that one call, hooks and all.
+    """
 
     name: str
     error: float | None
     input_error: float | None
+    difference: float | None = None
+    ours_ms: float | None = None
+    theirs_ms: float | None = None
 
 
 @dataclass
@@ -39,6 +46,8 @@ class Call:
     args: tuple
     kwargs: dict
     output: object = None
+    begun: float = 0.0
+    ms: float = 0.0
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -79,10 +88,11 @@ def watch(part: Part, inputs: tuple, what: str) -> dict[str, Call]:
 
     def before(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if name not in calls:
-            calls[name] = Call(module, kept(args), kept(kwargs))
+            calls[name] = Call(module, kept(args), kept(kwargs), begun=clock(args))
 
     def after(name: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if name in calls and name not in done:
+            calls[name].ms = 1000 * (clock(args) - calls[name].begun)
             calls[name].output = kept(output)
             done[name] = calls[name]
 
@@ -91,13 +101,21 @@ def watch(part: Part, inputs: tuple, what: str) -> dict[str, Call]:
         if name is not None:
             hooks.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
             hooks.append(module.register_forward_hook(partial(after, name), with_kwargs=True))
+    begun = clock(inputs)
     try:
         answer = part.run(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    done[""] = Call(part.module, inputs, {}, answer[what])
+    done[""] = Call(part.module, inputs, {}, answer[what], begun, 1000 * (clock(inputs) - begun))
     return done
+
+
+def clock(args: tuple) -> float:
+    """Seconds, when the device has done what it was told."""
+    if any(isinstance(each, Tensor) and each.is_cuda for each in args):
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def module_name(rename: Callable[[str], str | None], name: str) -> str | None:
@@ -117,14 +135,20 @@ def kept(value: object) -> object:
     return value
 
 
-def between(a: Tensor | None, b: Tensor | None) -> float | None:
-    """The relative distance of two tensors, in either layout; None if they can't be compared."""
+def apart(a: Tensor | None, b: Tensor | None) -> tuple[float | None, float | None]:
+    """The distance of two tensors, and the relative one, in either layout; None if they can't be compared."""
     if a is None or b is None or a.numel() == 0:
-        return None
+        return None, None
     pair = same_layout(a, b)
-    return None if pair is None else distance(*pair)[1]
+    return (None, None) if pair is None else distance(*pair)
+
+
+def between(a: Tensor | None, b: Tensor | None) -> float | None:
+    """The relative distance alone."""
+    return apart(a, b)[1]
 
 
 def hold(name: str, mine: Call, other: Call) -> Block:
     found = [between(a, b) for a, b in zip(mine.inputs[:1], other.inputs[:1], strict=False)]
-    return Block(name, between(mine.answer, other.answer), found[0] if found else None)
+    difference, error = apart(mine.answer, other.answer)
+    return Block(name, error, found[0] if found else None, difference, mine.ms, other.ms)

@@ -3,7 +3,7 @@
 import math
 from html import escape
 
-from ldm.parity.blocks import Divergence
+from ldm.parity.blocks import Divergence, Walked
 from ldm.parity.calls import Block
 from ldm.parity.compare import SKIPPED, Line
 from ldm.parity.report import COLUMNS, Report, cells, memory, small
@@ -42,6 +42,7 @@ def page(report: Report) -> str:
         *(section(each) for each in report.divergences),
         "<h2>What was compared</h2>",
         table(report.lines),
+        *(block_table(each) for each in report.walked),
         f"<h2>How</h2><dl>{about}</dl>",
         "<p class=note>Relative: to the largest value of the reference. In half precision: the root mean square error "
         "against float32, which must not be larger than the reference's own (5&#8239;% more at most for a network, "
@@ -54,6 +55,19 @@ def table(lines: list[Line]) -> str:
     numbers = range(2, 7)
     head = "".join(f"<th{' class=n' * (k in numbers)}>{escape(name)}</th>" for k, name in enumerate((*COLUMNS, "")))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(map(one, lines))}</tbody></table>"
+
+
+def block_table(walked: Walked) -> str:
+    """Every block of a network, behind a summary."""
+    rows = ""
+    for block in walked.named:
+        numbers = (small(block.difference), small(block.error), f"{block.ours_ms:.2f}", f"{block.theirs_ms:.2f}")
+        found = "".join(f"<td class=n>{each}</td>" for each in numbers)
+        rows += f"<tr><td><code>{escape(block.name)}</code></td>{found}</tr>"
+    names = ("block", "largest diff", "relative", "ours ms", "theirs ms")
+    head = "".join(f"<th{' class=n' * (k > 0)}>{name}</th>" for k, name in enumerate(names))
+    summary = f"<summary>{escape(walked.station)}: {len(walked.named)} blocks, at a small size, in order</summary>"
+    return f"<details>{summary}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></details>"
 
 
 def one(line: Line) -> str:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass, field
 
-from ldm.parity.blocks import Divergence
+from ldm.parity.blocks import Divergence, Walked
 from ldm.parity.compare import BAD, EQUAL, REFUSED, SKIPPED, Line
 
 COLUMNS = ("station", "what", "largest diff", "relative", "allowed", "ours ms", "theirs ms", "verdict")
@@ -18,9 +18,11 @@ class Report:
     about: dict[str, str]
     lines: list[Line] = field(default_factory=list)
     divergences: list[Divergence] = field(default_factory=list)
+    walked: list[Walked] = field(default_factory=list)  # the blocks of networks that are equal
 
-    def add(self, found: Line | Divergence) -> None:
-        (self.lines if isinstance(found, Line) else self.divergences).append(found)
+    def add(self, found: Line | Walked | Divergence) -> None:
+        kinds = {Line: self.lines, Walked: self.walked, Divergence: self.divergences}
+        kinds[type(found)].append(found)
 
     @property
     def bad(self) -> list[Line]:
@@ -57,6 +59,7 @@ class Report:
                 "sentence": self.sentence,
                 "lines": [asdict(line) for line in self.lines],
                 "divergences": [asdict(each) for each in self.divergences],
+                "blocks": {each.station: [asdict(block) for block in each.named] for each in self.walked},
             }
         )
 

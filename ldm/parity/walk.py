@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.errors import LDMError, nearest
 from ldm.parity import weights
-from ldm.parity.blocks import Divergence, look_inside
+from ldm.parity.blocks import Divergence, Walked, look_inside, walk_inside
 from ldm.parity.calls import cast
 from ldm.parity.compare import BAD, DIFFERS, HALF, Line, held, skipped
 from ldm.parity.drawn import widened
@@ -60,7 +60,7 @@ def check_parts(names: tuple[str, ...]) -> None:
 @torch.no_grad()
 def along(
     walk: Walk, keep_going: bool = False, say: Callable[[str], None] = lambda name: None
-) -> Iterator[Line | Divergence]:
+) -> Iterator[Line | Walked | Divergence]:
     """Every line as it is known, and behind a line that differs where inside it begins. Stops there, or goes on.
 
     `say` is told what comes next.
@@ -128,8 +128,8 @@ def first_apart(ours: Tensor, theirs: Tensor) -> str:
     return text
 
 
-def network(walk: Walk, name: str) -> Iterator[Line | Divergence]:
-    """One network on one input: a line for every output; if one differs, the blocks inside."""
+def network(walk: Walk, name: str) -> Iterator[Line | Walked | Divergence]:
+    """One network on one input: a line for every output, and one for all blocks inside; if one differs, where."""
     mine, other = walk.ours.parts.get(name), walk.theirs.parts.get(name)
     title = TITLES.get(name, name.replace("_", " "))
     if mine is None:
@@ -151,6 +151,9 @@ def network(walk: Walk, name: str) -> Iterator[Line | Divergence]:
         line = walk.hold(title, what, timed.ours[what], theirs, truth=truths.get(what))
         bad = bad or what * (line.verdict in BAD)
         yield timed.on(line)
+    if not bad and (found := walk_inside(name, title, next(iter(timed.theirs)), walk.ours, walk.theirs, walk.plan)):
+        yield from found
+        bad = next(iter(timed.theirs)) * (found[0].verdict in BAD)
     if bad:
         yield look_inside(name, title, bad, walk.ours, walk.theirs, walk.plan, inputs)
 
