@@ -18,7 +18,7 @@ compare() { # NAME DTYPE [further options]
     [ -z "$dtype" ] || [ "$dtype" = "$2" ] || return 0
     local name="$1-$2-$device"
     echo "== $name"
-    ldm parity --random-init "$1" --dtype "$2" --device "$device" "${@:3}" --html "$name.html" --json "$name.json" ||
+    ldm parity --random-init "$1" --dtype "$2" --device "$device" "${@:3}" --html "$name.html" ||
         failed=1
 }
 
