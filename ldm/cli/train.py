@@ -139,13 +139,13 @@ def run(args: argparse.Namespace) -> None:
     if args.processes > 1 and "RANK" not in os.environ:
         return parallel.spawn(args.processes, args.argv)
     device = parallel.start(device)
-    for stage in stages:
-        try:
+    try:
+        for stage in stages:
             train_stage(stage, folder, args, device)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"Stopped in {stage}; {folder} holds what is done, the same command goes on."
-            ) from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Stopped in {stage}; {folder} holds what is done, the same command goes on.") from None
+    finally:
+        parallel.leave()
 
 
 def train_stage(stage: str, folder: Path, args: argparse.Namespace, device: str) -> None:

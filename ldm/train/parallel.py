@@ -75,6 +75,13 @@ def start(device: str) -> str:
     return own
 
 
+def leave() -> None:
+    """Part from the other processes, when all is done or saved: their connections' threads abort a process that ends
+    while they run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
