@@ -139,29 +139,20 @@ class Ensemble:
     def walk(self, first: Run, options: dict, refined: dict) -> Iterator[Step]:
         """The steps of the base's run, and of the refiner's, which is prepared when the base is done.
 
-        Of models that are offloaded one at a time is on the device.
+        What the refiner is asked for is looked at before the base's first step. Of models that are offloaded one at a
+        time is on the device.
         """
-        step = None
+        asked, step = self.shared(first.settings, options, refined), None
         for step in first.steps():
             yield step
         send_home(self.base)
         try:
-            yield from self.take_over(step, first, options, refined).steps()
+            yield from self.take_over(step, first.settings, asked).steps()
         finally:
             send_home(self.refiner)
 
-    def take_over(self, step: Step, first: Run, options: dict, refined: dict) -> Run:
+    def take_over(self, step: Step, settings: Settings, asked: dict) -> Run:
         """The refiner's run, from the base's last step."""
-        settings = first.settings
-        asked = self.shared(settings, options, refined)
-        if settings.compat:
-            asked["denoising_start"] = self.at
-            sampler = asked["sampler"]
-            if (settings.sampler in OF_RATIO) != (sampler in OF_RATIO):
-                raise LDMError(
-                    f"Under compat {settings.sampler} can't hand over to {sampler}: of diffusers' classes one keeps x "
-                    "and the other x / alpha. Take the same method for both, or leave compat out."
-                )
         given = any(each is not None for each in settings.negative)
         negative = list(settings.negative) if given else None
         prompts, seed = list(settings.prompt), settings.seeds[0]
@@ -169,10 +160,8 @@ class Ensemble:
 
     def shared(self, settings: Settings, options: dict, refined: dict) -> dict:
         """The refiner's options: the base's method, and what `refined` says. Raises LDMError for what is the base's."""
-        if (
-            taken := {"prompt", "negative", "seed", "count", "handed", "image", "mask", "width", "height"}
-            & refined.keys()
-        ):
+        its_own = {"prompt", "negative", "seed", "count", "handed", "image", "mask", "width", "height"}
+        if taken := its_own & refined.keys():
             raise LDMError(f"The refiner goes on with the base's {min(taken)}: leave it out of refined.")
         asked = {name: getattr(settings, name) for name in ("sampler", "rule", "eta", "guidance", "compat")}
         if "sampler" in refined:  # with whatever eta it has
@@ -187,4 +176,13 @@ class Ensemble:
             asked |= {"steps": settings.steps} if not numbers else {}
             named = settings.timesteps is None and isinstance(settings.sigmas, str)
             asked |= {"sigmas": settings.sigmas} if named and "timesteps" not in refined else {}
-        return asked | {name: options[name] for name in ("clip_skip", "together", "tile") if name in options} | refined
+        asked |= {name: options[name] for name in ("clip_skip", "together", "tile") if name in options} | refined
+        sampler = asked["sampler"]
+        if settings.compat:
+            asked["denoising_start"] = self.at
+            if (settings.sampler in OF_RATIO) != (sampler in OF_RATIO):
+                raise LDMError(
+                    f"Under compat {settings.sampler} can't hand over to {sampler}: of diffusers' classes one keeps x "
+                    "and the other x / alpha. Take the same method for both, or leave compat out."
+                )
+        return asked

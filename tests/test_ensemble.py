@@ -270,6 +270,13 @@ def test_what_cannot_be_handed_over_is_refused(models):
         Ensemble(base, refiner)(PROMPT, steps=4, refined={"prompt": "a fish"}, **SIZE)
     with pytest.raises(LDMError, match=r"Under compat ddim can't hand over to euler"):
         Ensemble(base, refiner)(PROMPT, steps=5, sampler="ddim", compat=True, refined={"sampler": "euler"}, **SIZE)
+    calls = []
+    hook = base.unet.register_forward_pre_hook(lambda *given: calls.append(1))
+    for wrong in ({"prompt": "a fish"}, {"image": None}):
+        with pytest.raises(LDMError, match="leave it out of refined"):
+            next(Ensemble(base, refiner).steps(PROMPT, steps=4, refined=wrong, **SIZE))
+    hook.remove()
+    assert not calls  # not after the base has drawn its part
     for name in ("denoising_end", "denoising_start", "handed"):
         with pytest.raises(LDMError, match=f"Inversion walks DDIM's road from the whole picture: leave {name} out"):
             base.prepare_inversion(step.x, PROMPT, **{name: 0.5})
