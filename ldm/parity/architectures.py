@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ldm.errors import LDMError, nearest
 from ldm.models.unet import CROSS_DOWN, CROSS_UP, DOWN, UP
+from ldm.models.vae import VAEConfig
 
 END = "<|endoftext|>"
 
@@ -92,7 +93,7 @@ VAE = {
     "layers_per_block": 2,
     "norm_num_groups": 32,
     "sample_size": 512,
-    "scaling_factor": 0.18215,
+    "scaling_factor": VAEConfig.scaling_factor,
 }
 VAE_XL = VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
 LED = {"conditioning_embedding_out_channels": [16, 32, 96, 256]}
