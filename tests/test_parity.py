@@ -317,6 +317,22 @@ def test_a_block_that_differs_is_found_where_the_answer_is_equal(parity, monkeyp
     assert "largest in time_embedding" in out and report["divergences"][0]["block"] == "time_embedding"
 
 
+def test_a_walk_that_was_stopped_says_so(parity, monkeypatch, tmp_path):
+    """What it has is kept; of what it hasn't nothing is claimed."""
+    from ldm.parity import walk
+
+    def stop(each):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(walk, "samplers", stop)
+    page = tmp_path / "report.html"
+    words = ("--random-init", "tiny-sd15", "--only", "tokenizer,unet,samplers", "--html", str(page))
+    status, report, out = parity(*words)
+    assert status == 130 and not report["equal"] and len(report["lines"]) == 3 and "are equal" not in out
+    assert report["sentence"].startswith("Stopped after 3 comparisons, which were equal: nothing is said of the rest")
+    assert report["sentence"] in page.read_text() and 'class="verdict bad"' in page.read_text()
+
+
 def test_every_block_is_told_of(parity):
     status, report, _ = parity("--random-init", "tiny-sd15", "--only", "vae,unet", "--dtype", "float64")
     named = [block["name"] for block in report["blocks"]["UNet"]]

@@ -133,6 +133,7 @@ def walked(args: argparse.Namespace, ours: "Side", theirs: "Side", plan: "Plan")
                 with bar.external_write_mode():
                     text = paragraph(found) if isinstance(found, Divergence) else [row(found)]
                     print(*text, sep="\n", flush=True)
+        report.finished = True
     finally:
         write(report, args)
     print(report.sentence)

@@ -19,6 +19,7 @@ class Report:
     lines: list[Line] = field(default_factory=list)
     divergences: list[Divergence] = field(default_factory=list)
     walked: list[Walked] = field(default_factory=list)  # the blocks of networks that are equal
+    finished: bool = False  # whether the walk came to its end: one that was stopped proves nothing of the rest
 
     def add(self, found: Line | Walked | Divergence) -> None:
         kinds = {Line: self.lines, Walked: self.walked, Divergence: self.divergences}
@@ -30,8 +31,8 @@ class Report:
 
     @property
     def equal(self) -> bool:
-        """Something was compared, and nothing differed."""
-        return not self.bad and any(line.verdict == EQUAL for line in self.lines)
+        """The walk came to its end, something was compared, and nothing differed."""
+        return self.finished and not self.bad and any(line.verdict == EQUAL for line in self.lines)
 
     @property
     def sentence(self) -> str:
@@ -43,6 +44,8 @@ class Report:
             return f"Nothing was compared: {self.about['against']} offers none of the stations asked for."
         if self.equal:
             return f"{sides} are equal {where}: {len(counted)} comparisons."
+        if not self.bad:
+            return f"Stopped after {len(counted)} comparisons, which were equal: nothing is said of the rest ({where})."
         first = self.bad[0]
         verb = "proves nothing" if first.verdict == REFUSED else "differs"
         more = f" ({len(self.bad)} of {len(counted)} comparisons)" if len(self.bad) > 1 else ""
