@@ -88,12 +88,8 @@ def load(
         folder=folder,
         low_res=read_scheduler(folder / "low_res_scheduler") if (folder / "low_res_scheduler").is_dir() else None,
         max_noise_level=index.get("max_noise_level"),
-        zero_negative=is_xl(configs["unet"]) and bool(index.get("force_zeros_for_empty_prompt", True)),
+        zero_negative=configs["unet"].is_xl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
-
-
-def is_xl(unet: UNetConfig) -> bool:
-    return unet.addition_embed_type == "text_time"
 
 
 def choose_dtypes(dtype: Dtype | Mapping[str, Dtype], configs: dict, folder: Path) -> dict[str, torch.dtype]:
@@ -109,7 +105,7 @@ def choose_dtypes(dtype: Dtype | Mapping[str, Dtype], configs: dict, folder: Pat
     rest = asked.get("rest", torch.float32)
     chosen = {name: find_dtype(asked.get(name, rest)) for name in configs}
     # SDXL's VAE overflows in float16, and its file says so; those of SD 1 and 2 say so too, and don't.
-    narrow = is_xl(configs["unet"]) and configs["vae"].force_upcast and chosen["vae"] == torch.float16
+    narrow = configs["unet"].is_xl and configs["vae"].force_upcast and chosen["vae"] == torch.float16
     if narrow and "vae" not in asked:
         chosen["vae"] = torch.float32
         say_on_stderr(f"{folder}: the VAE is read in float32, for its file says that float16 is too narrow for it.")
@@ -160,7 +156,7 @@ def read_schedule(folder: Path, unet: UNetConfig | None = None) -> tuple[Schedul
     elif unet is not None and unet.time_cond_proj_dim is not None:
         defaults = Defaults(steps=4, guidance=8.5)  # LCM
     else:
-        defaults = Defaults(guidance=5.0) if unet is not None and is_xl(unet) else Defaults()
+        defaults = Defaults(guidance=5.0) if unet is not None and unet.is_xl else Defaults()
     return read_scheduler(folder / "scheduler"), defaults
 
 
@@ -227,7 +223,7 @@ def check_index(folder: Path) -> dict:
 def check_fit(folder: Path, tokenizers: dict[str, Tokenizer], configs: dict, index: dict) -> None:
     """Refuse parts of different models, and UNets that ask for more than ldm tells them, before a weight is read."""
     unet, vae = configs["unet"], configs["vae"]
-    task, xl = task_of(unet.in_channels, vae.latent_channels), is_xl(unet)
+    task, xl = task_of(unet.in_channels, vae.latent_channels), unet.is_xl
     texts = [configs[name] for name in ("text_encoder", "text_encoder_2") if name in configs]
     if unet.num_class_embeds is not None and task != "upscale":
         raise LDMError(f"{folder}: the UNet asks for more than a prompt (num_class_embeds), which ldm doesn't give it.")

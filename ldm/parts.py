@@ -67,7 +67,7 @@ class Parts:
     @property
     def xl(self) -> bool:
         """Whether it is SDXL, or its refiner: the UNet is told a pooled vector and sizes."""
-        return self.unet.config.addition_embed_type == "text_time"
+        return self.unet.config.is_xl
 
     @property
     def told_sizes(self) -> str | None:

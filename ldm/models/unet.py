@@ -93,6 +93,11 @@ class EncoderConfig:
     class_name: ClassVar[str]  # diffusers' name of it
     blocks: ClassVar[dict] = {"down_block_types": (DOWN, CROSS_DOWN)}  # the lists of blocks, and those implemented
 
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is SDXL's, or its refiner's: told a pooled vector and sizes."""
+        return self.addition_embed_type == "text_time"
+
     @classmethod
     def from_json(cls, fields: dict) -> "EncoderConfig":
         """Read diffusers' JSON; a field that is neither implemented nor neutral is refused by name."""
@@ -266,7 +271,7 @@ class UNetEncoder(nn.Module):
         self.time_embedding = TimestepMLP(widths[0], 4 * widths[0], config.time_cond_proj_dim)
         if config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, 4 * widths[0])
-        if config.addition_embed_type == "text_time":
+        if config.is_xl:
             self.add_embedding = TimestepMLP(config.projection_class_embeddings_input_dim, 4 * widths[0])
         self.down_blocks = nn.ModuleList(DownLevel(config, level) for level in range(len(widths)))
         self.mid_block = Middle(config)
@@ -286,7 +291,7 @@ class UNetEncoder(nn.Module):
         """Timestep (B,) and extras -> the embedding (B, E) that every ResNet block is given."""
         config, dtype = self.config, self.dtype
         wanted = ("class_labels",) * (config.num_class_embeds is not None)
-        wanted += ("pooled", "time_ids") * (config.addition_embed_type == "text_time")
+        wanted += ("pooled", "time_ids") * config.is_xl
         if missing := [name for name in wanted if getattr(extras, name) is None]:
             raise LDMError(f"This UNet asks for more than a timestep and a text: pass {', '.join(missing)} in extras.")
 
@@ -296,7 +301,7 @@ class UNetEncoder(nn.Module):
         emb = self.time_embedding(waves(t, config.block_out_channels[0]), extras.guidance)
         if config.num_class_embeds is not None:
             emb = emb + self.class_embedding(extras.class_labels)
-        if config.addition_embed_type == "text_time":
+        if config.is_xl:
             ids = waves(extras.time_ids.flatten(), config.addition_time_embed_dim)
             ids = ids.reshape(len(extras.time_ids), -1)  # (B, 6*width)
             emb = emb + self.add_embedding(torch.cat([extras.pooled, ids], dim=-1))

@@ -53,7 +53,7 @@ def drawn_alike(ours: Side, theirs: Side, plan: Plan) -> Iterator[Line]:
 
 
 def ways_of(pipe: Pipeline) -> tuple[str, ...]:
-    if pipe.unet.config.addition_embed_type == "text_time" and pipe.text_encoder_2 is None:
+    if pipe.xl and pipe.text_encoder_2 is None:
         return ("image",)  # SDXL's refiner, which diffusers has draw over pictures alone
     return WHOLE.get(pipe.task, ())
 

@@ -57,7 +57,7 @@ class Side:
 
 def ours(pipe: Pipeline, net: ControlNet | None = None, for_port: bool = False) -> Side:
     """Our side: the parts of a pipeline, and a ControlNet. A port's VAE gives means, diffusers' a sample."""
-    is_xl = pipe.unet.config.addition_embed_type == "text_time"
+    is_xl = pipe.xl
     one, two = ("_2", "") if is_xl and pipe.text_encoder_2 is None else ("", "_2")  # a refiner has SDXL's second alone
     tokenizers = {f"tokenizer{one}": pipe.tokenizer, f"tokenizer{two}": pipe.tokenizer_2}
     texts = {f"text_encoder{one}": pipe.text_encoder, f"text_encoder{two}": pipe.text_encoder_2}
