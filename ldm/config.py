@@ -3,12 +3,38 @@
 A field of the file that a dataclass lacks is accepted only if its value changes nothing ("neutral").
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 from ldm.errors import LDMError
 
 Config = TypeVar("Config")
+# Far above every real model: beyond them a few bytes of JSON would be a network that fills the memory with its names.
+MOST, MOST_LAYERS, MOST_LEVELS, MOST_FLOATS = 2**20, 100, 10, 1_000_000
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Turn what torch says of widths that no network can have (they don't divide, they overflow) into a sentence."""
+    try:
+        yield
+    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise LDMError(f"The configuration of {what} makes no network ({why}): take the model's own file.") from error
+
+
+def levels_of(fields: dict[str, Any], default: tuple) -> int:
+    """How many levels a network's JSON lists. Raises LDMError where it lists none, or too many to be one."""
+    widths = fields.get("block_out_channels", default)
+    if not isinstance(widths, list | tuple) or not 0 < len(widths) <= MOST_LEVELS:
+        raise LDMError(
+            f"The configuration of a network has block_out_channels {_shown(widths)}: it must list the widths of 1 to "
+            f"{MOST_LEVELS} levels."
+        )
+    return len(widths)
 
 
 def _tuples(value: Any) -> Any:
@@ -27,12 +53,41 @@ def from_json(cls: type[Config], json: dict, neutral: dict[str, Any], what: str)
         if name in names or name.startswith("_"):
             continue
         if name not in neutral:
-            raise LDMError(f"The configuration of {what} has a field that ldm doesn't know: {name!r} = {value!r}.")
-        if _tuples(value) != _tuples(neutral[name]):
             raise LDMError(
-                f"The configuration of {what} asks for {name!r} = {value!r}; ldm implements only {neutral[name]!r}."
+                f"The configuration of {what} has a field that ldm doesn't know: {name!r} = {_shown(value)}."
+            )
+        if _tuples(value) != _tuples(neutral[name]):
+            known_value = repr(neutral[name])
+            raise LDMError(
+                f"The configuration of {what} asks for {name!r} = {_shown(value)}; ldm implements only {known_value}."
             )
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in known]
     if missing:
         raise LDMError(f"The configuration of {what} lacks {', '.join(missing)}.")
+    for field in fields(cls):
+        if field.name in known and not _sound(field.name, known[field.name], field.type):
+            raise LDMError(
+                f"The configuration of {what} has {field.name!r} = {_shown(known[field.name])}, which is of the wrong "
+                "kind or size: take the model's own file."
+            )
     return cls(**known)
+
+
+def _sound(name: str, value: Any, kind: Any) -> bool:
+    """Whether a value out of a JSON file is of a field's type, and no larger than real models have it."""
+    if isinstance(kind, UnionType):
+        return any(_sound(name, value, each) for each in get_args(kind))
+    if get_origin(kind) is tuple:
+        of = get_args(kind)[0]
+        most = MOST_FLOATS if of is float else MOST_LEVELS
+        return isinstance(value, tuple) and len(value) <= most and all(_sound(name, each, of) for each in value)
+    if kind is float:
+        return type(value) in (int, float)
+    if kind is int and type(value) is int:
+        return 0 <= value <= (MOST_LAYERS if "layers" in name or "blocks" in name else MOST)
+    return type(value) is kind if kind is not type(None) else value is None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -226,7 +226,7 @@ def test_json_that_is_not_there_or_too_large(tmp_path):
         read_json(tmp_path)
     with open(tmp_path / "big.json", "wb") as file:
         file.truncate(20_000_001)
-    with pytest.raises(LDMError, match=r"larger than 20000000 bytes"):
+    with pytest.raises(LDMError, match=r"larger than 10000000 bytes"):
         read_json(tmp_path / "big.json")
 
 

@@ -51,7 +51,7 @@ def put_index(folder, names, name=f"{STEM}.safetensors.index.json"):
 def test_find_one_file(tmp_path, present, variant, chosen, says):
     touch(tmp_path, *(name.replace("S", STEM) for name in present))
     lines = []
-    assert find_weights(tmp_path, STEM, variant, lines.append) == [tmp_path / chosen.replace("S", STEM)]
+    assert find_weights(tmp_path, STEM, variant, say=lines.append) == [tmp_path / chosen.replace("S", STEM)]
     assert len(lines) == says and all(chosen.replace("S", STEM) in line for line in lines)
 
 
@@ -68,7 +68,7 @@ def test_a_fallback_is_told_on_stderr(tmp_path, capsys):
     [
         ([], None, r"has no S\.safetensors: check the path"),
         (["other.safetensors"], None, r"has no S\.safetensors; it holds other\.safetensors: check"),
-        (["S.bin"], None, r"holds only a pickle \(S\.bin\).*can run any code.*save_pretrained"),
+        (["S.bin"], None, r"holds only a pickle \(S\.bin\).*can run any code.*--allow-pickle"),
         (["S-00001-of-00002.safetensors"], None, r"holds shards .*without S\.safetensors\.index\.json: download it"),
         (["S.fp16.safetensors", "S.bf16.safetensors"], None, r"several variants \(S\.bf16.*, S\.fp16.*\): name one"),
         (["S.safetensors", "S.safetensors.index.json"], None, r"holds both .* and .*: remove the outdated one"),

@@ -282,9 +282,9 @@ def test_folders_of_diffusers(tmp_path, variant, dtype, size, files):
     unet.save_pretrained(tmp_path, max_shard_size=size if dtype == torch.float32 else size.replace("30", "15"))
     unet.save_pretrained(tmp_path / "v", variant=variant, max_shard_size=size.replace("30", "15"))
     lines = []
-    paths = find_weights(tmp_path / "v", STEM, variant, lines.append)
+    paths = find_weights(tmp_path / "v", STEM, variant, say=lines.append)
     assert same(paths, unet.state_dict()) and not lines and len(paths) >= files
-    assert same(find_weights(tmp_path, STEM, variant, lines.append), unet.state_dict())
+    assert same(find_weights(tmp_path, STEM, variant, say=lines.append), unet.state_dict())
     assert len(lines) == (variant is not None)
     with torch.device("meta"):
         empty = diffusers.UNet2DConditionModel.from_config(unet.config)

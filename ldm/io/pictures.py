@@ -17,6 +17,8 @@ from ldm.io.folders import cannot_read
 Source = str | Path | Image.Image | np.ndarray  # what `as_picture` takes
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow knows more, some through other programs
 MOST_PIXELS = 100_000_000  # a header of 30 bytes may promise gigabytes: it is read before any pixel is
+# Of so many the memory is taken before the first is read. PNG packs 1032 equal bytes into one, at best.
+MANY_PIXELS, PIXELS_A_BYTE = 32_000_000, 1100
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 LABEL_MODES = ("L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -103,6 +105,9 @@ def _decode(file: IO[bytes], name: str) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
             raise _too_large(name)
+        size = os.fstat(file.fileno()).st_size
+        if image.width * image.height > max(MANY_PIXELS, PIXELS_A_BYTE * size):
+            raise LDMError(f"{name} is damaged: {size} bytes can't hold {image.width} x {image.height} pixels.")
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a camera's JPEG with its preview
             say_on_stderr(f"{name} holds several pictures: the first is taken.")
     return _upright(image, name)

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.errors import LDMError
 from ldm.io.atomic import atomic_file
-from ldm.io.folders import cannot_read, parse_json
+from ldm.io.folders import cannot_read, open_plain, parse_json
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEY = "ldm"
@@ -65,7 +65,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def _find_chunk(path: Path) -> bytes | None:
     """A PNG is a signature and chunks: length, type, data, and a check sum of the last two."""
     found = None
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
         if file.read(8) != SIGNATURE:
             raise LDMError(f"{path} is not a PNG: name a picture that ldm wrote.")

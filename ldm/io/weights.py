@@ -1,21 +1,18 @@
-"""Weights: read from safetensors, checked, and given to a model; and written back.
+"""Weights: read from files, checked, and given to a model; and written back.
 
-    paths = find_weights(folder / "unet", "diffusion_pytorch_model", variant="fp16")
-    with blank():
-        unet = UNet(config)
-    load_weights(unet, paths)
-
-A safetensors file is 8 bytes of length, a JSON header {name: {dtype, shape, data_offsets}} and the raw numbers.
-No code can hide in it; pickles (.bin, .ckpt, .pt) can run any code when they are opened, and are not read.
+paths = find_weights(folder / "unet", "diffusion_pytorch_model", variant="fp16")
+with blank():
+    unet = UNet(config)
+load_weights(unet, paths)
 """
 
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +20,12 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.errors import LDMError
 from ldm.io.atomic import atomic_file
-from ldm.io.folders import AGAIN, cannot_read, parse_json, some
+from ldm.io.folders import AGAIN, some
+from ldm.io.headers import Entry, is_pickle, read_header
+from ldm.io.misfits import FLOATS, Found, refuse_misfits
+from ldm.io.pickles import Pickled, refused
 
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
 # In the order of the safetensors library, which lays out the widest numbers first, so that each is aligned.
 DTYPES = {
     "I64": torch.int64,
@@ -38,82 +39,79 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Far above every real model; a header beyond them is there to eat memory.
-MOST_HEADER_BYTES, MOST_TENSORS, MOST_DIMENSIONS = 20_000_000, 20_000, 8
-
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of a safetensors header."""
+class Tensors(Protocol):
+    """Tensors by name, described at once and read when asked for: files, or a view on them under other names."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
+    entries: Mapping[str, Entry]
+    place: str  # where they come from, for sentences
 
-
-def read_header(path: str | Path) -> list[Entry]:
-    """What a safetensors file holds, without reading its numbers. Raises LDMError if it is not a sound one."""
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            start = file.read(40)
-            length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-            if not 2 <= length <= MOST_HEADER_BYTES or start[8:9] != b"{":
-                raise _not_safetensors(path, start)
-            file.seek(8)
-            text = file.read(length)
-        with safe_open(path, "pt"):  # the library checks types, offsets and the file's size against each other
-            pass
-    except OSError as error:
-        raise cannot_read(path, error) from error
-    except SafetensorError as error:
-        raise LDMError(f"{path} is corrupt or truncated ({str(error)[:200]}): {AGAIN}.") from error
-    header = parse_json(text, f"{path}: the header")
-    header.pop("__metadata__", None)
-    if len(header) > MOST_TENSORS:
-        raise LDMError(f"{path} declares {len(header)} tensors, more than {MOST_TENSORS}: do not trust this file.")
-    for name, line in header.items():
-        if not (name.isascii() and name.isprintable()) or len(line["shape"]) > MOST_DIMENSIONS:
-            raise LDMError(f"{path} declares an impossible tensor {name[:80]!r}: do not trust this file.")
-    return [Entry(name, line["dtype"], tuple(line["shape"]), path) for name, line in header.items()]
+    def read(self, name: str) -> torch.Tensor: ...
 
 
-def _not_safetensors(path: Path, start: bytes) -> LDMError:
-    if start.startswith(b"version https://git-lfs"):
-        return LDMError(f"{path} is a Git LFS pointer, not the weights themselves: run `git lfs pull` in its folder.")
-    if start.startswith((b"PK", b"\x80")):
-        return LDMError(f"{path} is a pickle in spite of its name, and is not read: take the safetensors file.")
-    if start.lstrip().startswith(b"<"):
-        return LDMError(f"{path} is a web page, not weights: download the file itself.")
-    return LDMError(f"{path} is corrupt or truncated, or not a safetensors file: {AGAIN}.")
+class WeightFiles:
+    """The tensors of one file, or of the shards that make up one model.
+
+    `entries`: {name: its dtype, shape and file}, from the headers; `metadata`: texts beside them, of the first file;
+    `scalars` and `passed_over`: of a pickle, the numbers beside them, and what is no tensor, in words. `read` gives a
+    window on the file: copy what you keep.
+    Raises LDMError for a file that is missing, corrupt or truncated, for a name in two files, and for a pickle, which
+    can run any code when it is opened, unless `allow_pickle`; then it is read by an interpreter that builds tensors
+    alone (`ldm.io.pickles`).
+    """
+
+    def __init__(self, paths: Paths, allow_pickle: bool = False):
+        self.paths = [Path(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+        if not self.paths:
+            raise LDMError("No weight file was given: name at least one.")
+        self.place = str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0].parent} ({len(self.paths)} files)"
+        self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, str] = {}
+        self.scalars: dict[str, int | float | str] = {}
+        self.passed_over: list[str] = []
+        self._files: dict[Path, Pickled | safe_open] = {}  # kept open: opening takes far longer than a tensor
+        for path in self.paths:
+            for entry in self._header(path, allow_pickle):
+                if entry.name in self.entries:
+                    first = self.entries[entry.name].path
+                    raise LDMError(f"{entry.name!r} is in both {first} and {path}: remove the outdated file.")
+                self.entries[entry.name] = entry
+
+    def _header(self, path: Path, allow_pickle: bool) -> Iterable[Entry]:
+        if is_pickle(path):
+            if not allow_pickle:
+                raise refused(path)
+            self._files[path] = pickled = Pickled(path)
+            self.scalars |= pickled.scalars
+            self.passed_over += pickled.passed_over
+            return pickled.entries.values()
+        header = read_header(path)
+        self.metadata = self.metadata or header.metadata
+        return header.entries
+
+    def read(self, name: str) -> torch.Tensor:
+        path = self.entries[name].path
+        try:
+            if path not in self._files:
+                self._files[path] = safe_open(path, "pt")
+            file = self._files[path]
+            return file.read(name) if isinstance(file, Pickled) else file.get_tensor(name)
+        except (SafetensorError, AttributeError) as error:  # AttributeError: a type that torch lacks
+            raise LDMError(f"{path}: cannot read {name!r} ({str(error)[:200]}): {AGAIN}.") from error
 
 
-def read_tensors(paths: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, torch.Tensor, Path]]:
+def read_tensors(paths: Paths, allow_pickle: bool = False) -> Iterator[tuple[str, torch.Tensor, Path]]:
     """Yield (name, tensor, path), one tensor at a time. The tensors are windows on the file: copy what you keep.
 
     Raises LDMError for a file that is missing, corrupt or truncated.
     """
-    for path in _as_paths(paths):
-        read_header(path)
-        with safe_open(path, "pt") as file:
-            for name in sorted(file.keys()):
-                try:
-                    tensor = file.get_tensor(name)
-                except (SafetensorError, AttributeError) as error:  # AttributeError: a type that torch lacks
-                    raise LDMError(f"{path}: cannot read {name!r} ({str(error)[:200]}): {AGAIN}.") from error
-                yield name, tensor, path
-
-
-def _as_paths(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    paths = [paths] if isinstance(paths, str | os.PathLike) else paths
-    if not paths:
-        raise LDMError("No weight file was given: name at least one.")
-    return [Path(p) for p in paths]
+    files = WeightFiles(paths, allow_pickle)
+    for path in files.paths:
+        for name in sorted(name for name, entry in files.entries.items() if entry.path == path):
+            yield name, files.read(name), path
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -139,7 +137,7 @@ class _NoInitialisation(TorchFunctionMode):
 
 def load_weights(
     model: torch.nn.Module,
-    paths: str | Path | Sequence[str | Path],
+    source: Paths | Tensors,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     rename: Callable[[str], str | None] | None = None,
@@ -153,20 +151,17 @@ def load_weights(
     """
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be a float type, not {dtype}")
-    paths, rename = _as_paths(paths), rename or (lambda name: name)
+    source = WeightFiles(source) if isinstance(source, str | os.PathLike | Sequence) else source
+    rename = rename or (lambda name: name)
     expected = _expected(model)
-    entries = [entry for path in paths for entry in read_header(path)]
-    ours = {entry.name: rename(entry.name) for entry in entries}
-    _refuse_doubles(entries)
-    found = [(ours[entry.name], entry) for entry in entries if ours[entry.name] is not None]
-    _refuse_misfits(f"{_place(paths)} does not fit the model {type(model).__name__}", expected, found)
+    ours = {name: key for name in source.entries if (key := rename(name)) is not None}
+    found = [Found(key, source.entries[name], DTYPES.get(source.entries[name].dtype)) for name, key in ours.items()]
+    refuse_misfits(f"{source.place} does not fit the model {type(model).__name__}", expected, found)
 
     state: dict[str, torch.Tensor] = {}
-    for name, tensor, path in read_tensors(paths):
-        key = ours[name]
-        if key is None:
-            continue
-        tensor = _cast(tensor, dtype, device, f"{path}: {name!r}")
+    for name, key in sorted(ours.items()):
+        path = source.entries[name].path
+        tensor = _cast(source.read(name), dtype, device, f"{path}: {name!r}")
         if key in state and not torch.equal(state[key], tensor):
             raise LDMError(f"{path}: {name!r} is a second {key!r}, with other numbers; do not trust this file.")
         state[key] = tensor
@@ -190,7 +185,8 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, device: str | torch.device, 
     """A copy in memory of its own (a tensor that is a window on a file breaks with the file), of finite numbers."""
     if not tensor.is_floating_point():
         return tensor.to(device, copy=True)
-    cast = tensor.to(device, dtype, copy=True)
+    # Contiguous: a transposed view would be copied as one, and multiply in another order.
+    cast = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     # One NaN or infinity shows in the smallest or largest number; 15 times as fast as isfinite().all().
     if cast.numel() and not all(end.isfinite() for end in cast.aminmax()):
         nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
@@ -202,84 +198,19 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, device: str | torch.device, 
     return cast
 
 
-def _refuse_doubles(entries: list[Entry]) -> None:
-    first: dict[str, Path] = {}
-    for entry in entries:
-        if entry.name in first:
-            raise LDMError(f"{entry.name!r} is in both {first[entry.name]} and {entry.path}: remove the outdated file.")
-        first[entry.name] = entry.path
-
-
-def _place(paths: list[Path]) -> str:
-    return str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} files)"
-
-
-def _refuse_misfits(what: str, expected: dict[str, torch.Tensor], found: list[tuple[str, Entry]]) -> None:
-    names = {key for key, _ in found}
-    missing = [key for key in expected if key not in names]
-    unexpected = [entry for key, entry in found if key not in expected]
-    shapes, types = [], []
-    for key, entry in found:
-        if key in expected and entry.shape != tuple(expected[key].shape):
-            shapes.append((key, entry))
-        elif key in expected and not _may_become(entry.dtype, expected[key].dtype):
-            types.append((key, entry))
-    faults = []
-    if missing:
-        faults.append(f"missing {some(missing)}")
-    if unexpected:
-        faults.append("unexpected " + some([f"{e.name} (in {e.path.name})" for e in unexpected]))
-    if shapes:
-        lines = [f"{e.name} in {e.path.name} is {e.shape} instead of {tuple(expected[k].shape)}" for k, e in shapes]
-        faults.append("wrong shape: " + some(lines))
-    if types:
-        lines = [f"{e.name} in {e.path.name} is {e.dtype} instead of {_short(expected[k].dtype)}" for k, e in types]
-        faults.append("wrong type: " + some(lines))
-    if faults:
-        cause = _likely_cause(missing, [e.name for e in unexpected], [e for _, e in shapes], [e for _, e in types])
-        raise LDMError(f"{what}: {'; '.join(faults)}. {cause}")
-
-
-def _may_become(stored: str, wanted: torch.dtype) -> bool:
-    """Any float may stand for a float; whole numbers and truth values only for their own type."""
-    return DTYPES.get(stored) in FLOATS if wanted.is_floating_point else DTYPES.get(stored) == wanted
-
-
-CONTEXT_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
-INPUT_CHANNELS = {4: "text to image", 5: "depth", 7: "the upscaler", 8: "InstructPix2Pix", 9: "inpainting"}
-
-
-def _likely_cause(missing: list[str], unexpected: list[str], shapes: list[Entry], types: list[Entry]) -> str:
-    """What most often lies behind such a misfit, and what to do."""
-    if any("lora" in name for name in unexpected):
-        return "This is a LoRA, a change to a model and not a model: load it on top of one."
-    if any(name.startswith(("model.diffusion_model.", "first_stage_model.")) for name in unexpected):
-        return "This is a single-file checkpoint with all parts in one: load it as such."
-    for longer, shorter, which in ((unexpected, missing, "file's"), (missing, unexpected, "model's")):
-        prefix = next((n[: -len(s)] for n in longer[:1] for s in shorter if n.endswith("." + s)), None)
-        if prefix:
-            return f"The {which} names begin with {prefix!r}, the others don't: check which model the file is for."
-    for entry in shapes:
-        if entry.name.endswith("attn2.to_k.weight") and entry.shape[-1] in CONTEXT_WIDTHS:
-            return f"A context of width {entry.shape[-1]} is that of {CONTEXT_WIDTHS[entry.shape[-1]]}."
-        if entry.name == "conv_in.weight" and len(entry.shape) == 4 and entry.shape[1] in INPUT_CHANNELS:
-            return f"{entry.shape[1]} input channels are those of {INPUT_CHANNELS[entry.shape[1]]}."
-    if any(entry.dtype.endswith("8") or entry.dtype.startswith(("F8", "F6", "F4")) for entry in types):
-        return "Quantised weights are not read: take float16, bfloat16 or float32 ones."
-    return "Check that the weights and the configuration belong to the same model."
-
-
 # ---------------------------------------------------------------------------------------------------- writing
 
 
 def save_weights(
-    tensors: dict[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
     path: str | Path,
     dtype: torch.dtype | None = None,
     metadata: dict[str, str] | None = None,
+    wrote: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write a safetensors file, whole or not at all; floats are cast to `dtype` if one is given, one at a time.
 
+    `wrote` is told the number of bytes of each tensor, when it is written.
     Raises LDMError if a number is not finite (before or after the cast), or the file cannot be written.
     """
     if dtype is not None and dtype not in FLOATS:
@@ -307,6 +238,7 @@ def save_weights(
         for name in names:
             tensor = _cast(tensors[name].detach(), kinds[name], "cpu", f"Cannot write {path}: {name!r}").contiguous()
             file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            wrote(tensor.nbytes)
 
 
 def _short(dtype: torch.dtype) -> str:

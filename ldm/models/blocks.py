@@ -91,6 +91,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = False):
         super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"{width} channels don't make {heads} heads")
         self.heads = heads
         self.is_cross = context_width is not None
         self.rows: int | None = None

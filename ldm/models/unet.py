@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import from_json
+from ldm.config import from_json, levels_of
 from ldm.errors import LDMError
 from ldm.models.blocks import (
     Attention,
@@ -29,6 +29,7 @@ from ldm.models.blocks import (
 
 DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
 UP, CROSS_UP = "UpBlock2D", "CrossAttnUpBlock2D"
+MOST_BLOCKS = 500  # one way; SDXL's have 48. Some bytes of a file might ask for a million, to be built one by one
 
 
 NEUTRAL = {  # fields of the JSON that we accept at these values alone: with them they change nothing
@@ -102,7 +103,7 @@ class EncoderConfig:
     def from_json(cls, fields: dict) -> "EncoderConfig":
         """Read diffusers' JSON; a field that is neither implemented nor neutral is refused by name."""
         fields = dict(fields)
-        levels = len(fields.get("block_out_channels", cls.block_out_channels))
+        levels = levels_of(fields, cls.block_out_channels)
         head_dim = fields.pop("attention_head_dim", 8)
         heads = fields.pop("num_attention_heads", None) or head_dim
         fields["heads"] = heads
@@ -112,6 +113,10 @@ class EncoderConfig:
         if fields.get("class_embed_type") is None and fields.get("addition_embed_type") != "text_time":
             # The width means something only together with one of the two: SD 1 files carry stale values.
             fields.pop("projection_class_embeddings_input_dim", None)
+        for name in ("layers_per_block", "cross_attention_dim"):
+            if isinstance(fields.get(name), list | tuple):
+                what = cls.what[0].upper() + cls.what[1:]
+                raise LDMError(f"{what} asks for a different {name} at each level, which ldm doesn't implement.")
         config = from_json(cls, fields, NEUTRAL, cls.what)
         config.validate()
         return config
@@ -132,11 +137,11 @@ class EncoderConfig:
             for block in getattr(self, name):
                 if block not in known:
                     raise LDMError(f"{what}'s {name} asks for a {block!r}, which ldm doesn't implement.")
+        blocks = sum((self.layers_per_block + 1) * (1 + depth) for depth in self.transformer_layers_per_block)
+        if blocks > MOST_BLOCKS:
+            raise LDMError(f"The configuration of {self.what} asks for {blocks} blocks, more than {MOST_BLOCKS}.")
         if self.addition_embed_type not in (None, "text_time"):
             raise LDMError(f"{what} asks for addition_embed_type {self.addition_embed_type!r}; ldm knows 'text_time'.")
-        for name in ("layers_per_block", "cross_attention_dim"):
-            if not isinstance(getattr(self, name), int):
-                raise LDMError(f"{what} asks for a different {name} at each level, which ldm doesn't implement.")
 
 
 @dataclass(frozen=True)

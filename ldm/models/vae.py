@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import from_json
+from ldm.config import from_json, levels_of
 from ldm.models.blocks import Attention, Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6  # of every GroupNorm in the VAE; the UNet's ResNet blocks use 1e-5
@@ -40,7 +40,7 @@ class VAEConfig:
     @classmethod
     def from_json(cls, fields: dict) -> "VAEConfig":
         """Read diffusers' JSON; a field that is neither implemented nor neutral is refused by name."""
-        levels = len(fields.get("block_out_channels", (64,)))
+        levels = levels_of(fields, (64,))
         neutral = {
             "act_fn": "silu",
             "down_block_types": ("DownEncoderBlock2D",) * levels,

@@ -78,11 +78,12 @@ class TextConfig(TowerConfig):
     def from_json(cls, fields: dict) -> "TextConfig":
         """Read transformers' JSON; a field that is neither implemented nor neutral is refused by name."""
         named = fields.get("architectures") or ["CLIPTextModel"]
-        config = from_json(cls, strip(fields, "text_config"), NEUTRAL, "the text encoder")
+        fields = strip(fields, "text_config")
+        if isinstance(ends := fields.get("eos_token_id"), list | tuple):
+            raise LDMError(f"The text encoder's eos_token_id is {tuple(ends)!r}: ldm reads a single number.")
+        config = from_json(cls, fields, NEUTRAL, "the text encoder")
         check_activation(config.hidden_act)
-        if not isinstance(config.eos_token_id, int):
-            raise LDMError(f"The text encoder's eos_token_id is {config.eos_token_id!r}: ldm reads a single number.")
-        return replace(config, with_projection="WithProjection" in named[0])
+        return replace(config, with_projection="WithProjection" in str(named))
 
     def to_json(self) -> dict:
         """The same as transformers writes it."""
@@ -116,7 +117,7 @@ class VisionConfig(TowerConfig):
 
 def strip(fields: dict, inner: str) -> dict:
     """The tower's own fields: out of a whole CLIP's JSON, without the remarks."""
-    fields = fields.get(inner, fields)
+    fields = fields[inner] if isinstance(fields.get(inner), dict) else fields
     return {k: v for k, v in fields.items() if k not in REMARKS}
 
 
@@ -131,6 +132,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: TowerConfig, causal: bool):
         super().__init__()
         width = config.hidden_size
+        if config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
+            raise ValueError(f"{config.hidden_size} channels don't make {config.num_attention_heads} heads")
         self.heads, self.causal = config.num_attention_heads, causal
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)

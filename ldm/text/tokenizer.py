@@ -104,6 +104,15 @@ SYMBOLS = byte_symbols()
 BYTES = {symbol: byte for byte, symbol in enumerate(SYMBOLS)}
 
 
+def byte_vocabulary() -> dict[str, int]:
+    """The 512 pieces that every word can be written in: a byte inside a word, a byte at its end.
+
+    Bytes that show as themselves come first: sorting the symbols, not the bytes, gives CLIP's order.
+    """
+    symbols = sorted(SYMBOLS)
+    return {piece: id for id, piece in enumerate(symbols + [symbol + END for symbol in symbols])}
+
+
 def spell(word: str) -> list[str]:
     """A word as symbols, one for each UTF-8 byte, the last one marked: "cat" -> ["c", "a", "t</w>"]."""
     symbols = [SYMBOLS[byte] for byte in word.encode("utf-8")]

@@ -1,4 +1,4 @@
-"""The files of a tokenizer's folder, as diffusers' checkpoints hold them.
+"""The files of a tokenizer's folder, as diffusers' checkpoints hold them: read and written.
 
     vocab.json + merges.txt        the vocabulary, as CLIP published it
     tokenizer.json                 the same in one file, as transformers 5 writes it; read where vocab.json is missing
@@ -7,13 +7,19 @@
     added_tokens.json              tokens beyond the vocabulary, in the older place
 
 The older places count only where tokenizer_config.json has no `added_tokens_decoder`, as in transformers 5.
+
+    bpe_simple_vocab_16e6.txt.gz   the merges alone, as OpenAI published them with CLIP; packages carry this file
 """
 
+import json
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.errors import LDMError
-from ldm.io.folders import read_fields
+from ldm.io.atomic import atomic_file
+from ldm.io.folders import cannot_read, open_plain, read_fields
 
 END = "</w>"  # end of word: "house</w>" is the word, "house" the beginning of "houses"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -21,6 +27,8 @@ SPECIAL = {"bos": BOS, "eos": EOS, "unk": EOS, "pad": EOS}  # where a folder nam
 NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # CLIP has no sep, cls and mask, but a file may
 # transformers writes 10^30 where a tokenizer knows no length; CLIP has 77 positions.
 CLIP_LENGTH, NO_LENGTH = 77, 1_000_000
+CLIP_MERGES = 49_152 - 256 - 2  # of the 262,144 that are published; 256 + 256 bytes and 2 tokens beside: 49,408 pieces
+MOST_MERGES_BYTES = 4_000_000  # unpacked; the published file has 3.2 million, CLIP's merges.txt half a million
 
 
 class Added(NamedTuple):
@@ -54,7 +62,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     config = read_if_there(folder / "tokenizer_config.json")
     special, added = special_tokens(folder, config, vocab, single)
     length = config.get("model_max_length") or CLIP_LENGTH
-    if not isinstance(length, int | float):
+    if type(length) not in (int, float) or length < 2:  # the tokens at both ends
         raise LDMError(f"{folder / 'tokenizer_config.json'}: model_max_length must be a number, not {length!r}.")
     length = int(length) if length < NO_LENGTH else CLIP_LENGTH
     return {"vocab": vocab, "merges": merges, "special": special, "added": added, "max_length": length}
@@ -69,19 +77,53 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     """merges.txt: one pair on a line, the first learnt first, under a line `#version: 0.2`."""
     if not path.exists():
         raise LDMError(f"The tokenizer file {path} is missing; copy the whole folder.")
-    try:  # not splitlines(), which would also break at U+0085 and others
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    # Windows' line ends may be anywhere, but not what splitlines() also breaks at: U+0085 and others.
+    text = decoded(path, bounded(path)).replace("\r\n", "\n").removesuffix("\n")
+    lines = enumerate(text.split("\n"), start=1) if text else ()
+    return [two_pieces(path, number, line) for number, line in lines if not line.startswith("#version")]
+
+
+def read_published(path: Path) -> list[tuple[str, str]]:
+    """CLIP's merges out of bpe_simple_vocab_16e6.txt.gz: the first 48,894 below its heading.
+
+    Unpacked to a bound, whatever the file says of its size. Raises LDMError for what is no such file.
+    """
+    unpack = zlib.decompressobj(wbits=31)  # gzip's wrapping, its checksum included
+    try:
+        data = unpack.decompress(bounded(path), MOST_MERGES_BYTES)
+    except zlib.error as error:
+        raise LDMError(f"{path} isn't a whole gzip file ({error}); download it again.") from None
+    if not unpack.eof or unpack.unused_data:
+        raise LDMError(f"{path} is cut off, goes on behind its end, or unpacks to too much; download it again.")
+    lines = decoded(path, data).split("\n")[1 : CLIP_MERGES + 1]
+    return [two_pieces(path, number, line) for number, line in enumerate(lines, start=2)]
+
+
+def bounded(path: Path) -> bytes:
+    """The content of a file that must be small. Raises LDMError if it isn't, or can't be read."""
+    try:
+        with open_plain(path) as file:
+            data = file.read(MOST_MERGES_BYTES + 1)
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    if len(data) > MOST_MERGES_BYTES:
+        raise LDMError(f"{path} is larger than {MOST_MERGES_BYTES} bytes: it is no tokenizer's list of merges.")
+    return data
+
+
+def decoded(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise LDMError(f"{path} isn't UTF-8 text ({error}); download it again.") from None
-    merges = []
-    for number, line in enumerate(lines, start=1):
-        if line.startswith("#version") or lines == [""]:
-            continue
-        pair = tuple(line.split(" "))
-        if len(pair) != 2 or "" in pair:
-            raise LDMError(f"{path}, line {number}: {line!r} isn't two pieces and one space; download it again.")
-        merges.append(pair)
-    return merges
+
+
+def two_pieces(path: Path, number: int, line: str) -> tuple[str, str]:
+    """The two pieces on a line."""
+    pieces = tuple(line.split(" "))
+    if len(pieces) != 2 or "" in pieces:
+        raise LDMError(f"{path}, line {number}: {line[:80]!r} isn't two pieces and one space; download it again.")
+    return pieces
 
 
 def unpack_single(path: Path, content: dict[str, Any]) -> tuple[Any, list[tuple[str, str]]]:
@@ -160,3 +202,37 @@ def content_of(folder: Path, entry: Any) -> str:
         if isinstance(entry, dict) and entry.get(flag):
             raise LDMError(f"In {folder} the token {token!r} asks for {flag}, which ldm doesn't implement.")
     return token
+
+
+def write_tokenizer(
+    folder: str | Path,
+    vocab: dict[str, int],
+    merges: Iterable[tuple[str, str]],
+    special: dict[str, str] = SPECIAL,
+    added: dict[str, Added] | None = None,
+    max_length: int = CLIP_LENGTH,
+) -> None:
+    """Write the four files that `read_tokenizer` and transformers' CLIPTokenizer read alike.
+
+    Without `added`, both find the special tokens in a prompt as it is written; with it, as its entries say.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {f"{name}_token": token for name, token in special.items()}
+    config = {**named, "model_max_length": max_length, "tokenizer_class": "CLIPTokenizer"}
+    if added:
+        plain = {"lstrip": False, "rstrip": False, "single_word": False}
+        entries = {t: {"content": t, "normalized": one.normalized, **plain} for t, one in added.items()}
+        config["added_tokens_decoder"] = {
+            str(one.id): entries[t] | {"special": one.special} for t, one in added.items()
+        }
+        named = {name: entries[token] for name, token in named.items()}  # for readers that know no such list
+    files = {
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(named, indent=2) + "\n",
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),  # last: it says that the vocabulary is there
+    }
+    for name, content in files.items():
+        with atomic_file(folder / name, "w") as file:
+            file.write(content)

@@ -8,16 +8,14 @@ never seen before can still be written, in bytes at worst. The list of pairs, in
     h o u s e</w>   ->  h ou s e</w>   ->  h ou se</w>   ->  hou se</w>   ->  house</w>
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
 from ldm.errors import LDMError
-from ldm.io.atomic import atomic_file
-from ldm.text.tokenizer import SYMBOLS, clean_transformers, merge, spell, split_words
-from ldm.text.tokenizer_files import BOS, END, EOS
+from ldm.text.tokenizer import byte_vocabulary, clean_transformers, merge, spell, split_words
+from ldm.text.tokenizer_files import BOS, EOS, write_tokenizer
 
 Pair = tuple[str, str]
 
@@ -48,15 +46,6 @@ def train_vocabulary(captions: Iterable[str], size: int = 672) -> tuple[dict[str
     return vocab, merges
 
 
-def byte_vocabulary() -> dict[str, int]:
-    """The 512 pieces that every word can be written in: a byte inside a word, a byte at its end.
-
-    Bytes that show as themselves come first: sorting the symbols, not the bytes, gives CLIP's order.
-    """
-    symbols = sorted(SYMBOLS)
-    return {piece: id for id, piece in enumerate(symbols + [symbol + END for symbol in symbols])}
-
-
 def count_pairs(spelled: dict[str, list[str]], count: Counter) -> Counter:
     """How often each pair of neighbours occurs in the captions: a word's pairs as often as the word."""
     pairs: Counter = Counter()
@@ -68,16 +57,4 @@ def count_pairs(spelled: dict[str, list[str]], count: Counter) -> Counter:
 
 def save_vocabulary(folder: str | Path, vocab: dict[str, int], merges: list[Pair]) -> None:
     """Write the four files that `Tokenizer.from_folder` and transformers' CLIPTokenizer read."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-    config = {**special, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
-    files = {
-        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n",
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
-        "vocab.json": json.dumps(vocab, ensure_ascii=False),  # last: it says that the vocabulary is there
-    }
-    for name, content in files.items():
-        with atomic_file(folder / name, "w") as file:
-            file.write(content)
+    write_tokenizer(folder, vocab, merges)
