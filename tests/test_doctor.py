@@ -89,7 +89,7 @@ def test_what_drawing_needs_and_is_missing_or_old_is_broken(name):
         ("transformers", "transformers", "Depth of photographs (`ldm condition depth`) needs", '-e ".[depth]"'),
         ("diffusers", "diffusers", "`ldm parity` and the tests need diffusers", '-e ".[test]"'),
         ("ftfy", "ftfy", "The repair of broken letters in prompts (`clean='original'`) needs ftfy", '"ftfy>=6"'),
-        ("huggingface_hub", "huggingface_hub", "Fetching models with `hf download` needs", '"huggingface_hub>=0.20"'),
+        ("huggingface_hub", "huggingface_hub", "Models from the hub (`ldm fetch`) need", '-e ".[hub]"'),
     ],
 )
 def test_an_optional_package_that_is_missing_stops_a_feature(distribution, name, fault, wanted):

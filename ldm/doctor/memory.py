@@ -99,8 +99,8 @@ def memory(
 
 
 def disks() -> Iterator[tuple[str, Path]]:
-    """Where models lie: those that travel with ldm, and what `hf download` fetches."""
-    from ldm.loading import embedded
+    """Where models lie: those that travel with ldm, and what the hub's cache holds."""
+    from ldm.checkpoints.places import embedded
 
     for folder in list(embedded().values())[:1]:
         yield "models here", folder.parent

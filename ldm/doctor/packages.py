@@ -34,7 +34,7 @@ OPTIONAL = (
     Optional("transformers", ("transformers",), "5.6", "depth", "Depth of photographs (`ldm condition depth`) needs"),
     Optional("diffusers", ("diffusers",), "0.38", "test", "`ldm parity` and the tests need"),
     Optional("ftfy", ("ftfy",), "6", "", "The repair of broken letters in prompts (`clean='original'`) needs"),
-    Optional("huggingface_hub", ("huggingface_hub",), "0.20", "", "Fetching models with `hf download` needs"),
+    Optional("huggingface_hub", ("huggingface_hub",), "1.0", "hub", "Models from the hub (`ldm fetch`) need"),
 )
 
 
