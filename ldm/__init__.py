@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 PLACES = {  # the public names, and the modules they live in
     "load": "ldm.loading",
     "load_controlnet": "ldm.loading",
+    "load_vae": "ldm.loading",
     "Control": "ldm.control",
     "Ensemble": "ldm.ensemble",
     "Sizes": "ldm.sizes",

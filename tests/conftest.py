@@ -24,3 +24,11 @@ def models(tmp_path_factory):
     from tiny_pairs import Models  # not before it is asked for: it imports diffusers and transformers
 
     return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def task_models(tmp_path_factory, models):
+    """The same for every task: other channels beside the latent (`tiny_tasks.TaskModels`)."""
+    from tiny_tasks import TaskModels
+
+    return TaskModels(tmp_path_factory.mktemp("tasks"), models)

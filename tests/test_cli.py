@@ -44,7 +44,7 @@ def load(model):
     """`ldm.load`, which reads the tiny model once for all tests; every other is read as ever."""
     read = loading.load
     kept = functools.cache(read)
-    return lambda name, *rest: (kept if str(name) == str(model) else read)(name, *rest)
+    return lambda name, *rest, **options: (kept if str(name) == str(model) else read)(name, *rest, **options)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_the_png_says_how_it_was_made(cli, model):
         "prompt": HOUSE, "negative": "a tree", "seed": 7, **DEFAULTS, "eta": 0.0, "width": SIZE, "height": 2 * SIZE,
         "rule": "ddim", "sigmas": "spaced", "timesteps": None, "compat": False, "clip_skip": 0, "dtype": "float32",
         "strength": None, "image_guidance": None, "noise_level": None, "given": {}, "pictures": [],
-        "sizes": None, "negative_sizes": None, "autocast": None, "memory": [],
+        "sizes": None, "negative_sizes": None, "autocast": None, "memory": [], "reading": [],
         "model": str(model), "model_hash": folder_hash(model), "device": "cpu", "batch": 1,
         "version": ldm.__version__, "torch": str(torch.__version__),
         "pixels": pixel_hash(Image.open("a.png")),
@@ -601,7 +601,7 @@ def test_bad_commands(capsys, words, sentence):
 
 
 def test_the_nearest_model_is_named(cli, monkeypatch, model):
-    monkeypatch.setattr("ldm.loading.embedded", lambda mark: {"scenes": model})
+    monkeypatch.setattr("ldm.checkpoints.places.embedded", lambda mark: {"scenes": model})
     found = cli("generate", HOUSE, "--model", "sceens", status=1)
     assert "There is no model 'sceens'" in found.err and "Did you mean 'scenes'?" in found.err
     assert cli("generate", HOUSE, "--out", "a.png", model=None).lines == ["a.png"]  # and scenes is the default
@@ -674,7 +674,7 @@ def test_schedule_plots_every_row(cli, no_weights, monkeypatch):
         == read_settings("a.png")["plot"]
         == "rule dpm, sigmas spaced, sampler dpm++2m, 9 steps, as diffusers does"
     )
-    config, _ = loading.read_schedule(no_weights)
+    config, _ = loading.find_schedule(no_weights)
     levels = make_schedule(config, 9, "dpm").levels
     assert [line.get_ydata().tolist() for line in mix.lines] == [[r.alpha for r in levels], [r.sigma for r in levels]]
     assert time.lines[0].get_ydata().tolist() == [r.t for r in levels]

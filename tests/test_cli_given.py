@@ -25,6 +25,7 @@ from tiny import DEFAULTS, SIZE, tiny_model
 
 import ldm
 from ldm import loading, scenes
+from ldm.checkpoints import places
 from ldm.cli import given, main, wishes
 from ldm.cli.condition import KINDS
 from ldm.cli.record import pixel_hash
@@ -90,7 +91,7 @@ def load(model):
     """`ldm.load`, which reads the tiny model once for all tests; every other is read as ever."""
     read = loading.load
     kept = functools.cache(read)
-    return lambda name, *rest: (kept if str(name) == str(model) else read)(name, *rest)
+    return lambda name, *rest, **options: (kept if str(name) == str(model) else read)(name, *rest, **options)
 
 
 @pytest.fixture
@@ -660,10 +661,10 @@ def test_what_is_no_control_is_told_how_one_reads(cli, text):
 
 
 def test_a_control_without_a_net_takes_the_models_own(cli, model, nets, monkeypatch):
-    embedded = loading.embedded
+    embedded = places.embedded
     own = {"tiny-canny": nets[0]}
     monkeypatch.setattr(
-        loading, "embedded", lambda mark="model_index.json": own if mark == "config.json" else embedded(mark)
+        places, "embedded", lambda mark="model_index.json": own if mark == "config.json" else embedded(mark)
     )
     cli("generate", HOUSE, "--control", "canny:photo.png", "--out", "a.png")
     cli("generate", HOUSE, "--control", f"canny@{nets[0]}:photo.png", "--out", "b.png")

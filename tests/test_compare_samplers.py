@@ -239,7 +239,7 @@ def test_names_are_moved_apart_and_keep_their_order():
 @pytest.fixture
 def cli(pipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "load", lambda *_: pipe)
+    monkeypatch.setattr(loading, "load", lambda *_, **options: pipe)
 
     def run(*words, status=0):
         found = main(["compare-samplers", *map(str, words)])

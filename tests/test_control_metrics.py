@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 import ldm
 from ldm import conditions, loading, scenes
+from ldm.checkpoints.places import embedded
 from ldm.cli import main
 from ldm.control import Control
 from ldm.errors import LDMError
@@ -322,7 +323,7 @@ LED = {"canny": 0.2, "depth": 0.04}  # by how much the mean score with the net i
 
 
 def folder_of(kind):
-    folder = loading.embedded().get("scenes").parent / f"scenes-{kind}"
+    folder = embedded().get("scenes").parent / f"scenes-{kind}"
     if not folder.is_dir():
         pytest.skip(f"weights/scenes-{kind} isn't there yet")
     return folder

@@ -456,16 +456,16 @@ def test_shards_and_variants_are_read(models, tmp_path, capsys):
 
 
 def test_an_embedded_controlnet_is_found_by_name(models, folder, tmp_path, monkeypatch):
-    from ldm import loading
+    from ldm.checkpoints import places
 
     root = tmp_path / "checkout"
     (root / "weights").mkdir(parents=True)
     folder.rename(root / "weights" / "tiny-canny")
-    monkeypatch.setattr(loading, "__file__", str(root / "ldm" / "loading.py"))
+    monkeypatch.setattr(places, "PACKAGE", root / "ldm")
     assert equal_states(ldm.load_controlnet("tiny-canny", models.ours("sd1")), controlnets(models, "sd1")[0])
     with pytest.raises(LDMError, match=r"no model 'tiny-cany': .* \(tiny-canny\)\. Did you mean 'tiny-canny'\?"):
         ldm.load_controlnet("tiny-cany", models.ours("sd1"))
-    assert loading.embedded() == {}  # and it is no model
+    assert places.embedded() == {}  # and it is no model
     with pytest.raises(LDMError, match="'tiny-canny' is a ControlNet: load_controlnet reads it"):
         ldm.load("tiny-canny")
 

@@ -24,7 +24,7 @@ from PIL import Image
 from reference import assert_close, normal
 from test_pipeline import OF_RATIO, ends, equal, generators, landed, quiet, scenes_scheduler, scheduler_like
 from tiny_pairs import MODELS, OTHERS, PROMPT, SCENES, controlnets, scenes, with_scheduler
-from tiny_tasks import TaskModels, box_mask, noise_of_float32, picture
+from tiny_tasks import box_mask, noise_of_float32, picture
 
 import ldm
 from ldm.control import Control
@@ -50,11 +50,6 @@ EDGES = [picture(31, W, H), picture(32, W, H)]
 MASKS = [box_mask(W, H, 10, 5, 37, 30), box_mask(W, H, 3, 13, 29, 27)]  # their sides lie within a latent's position
 PICTURES = [picture(41, W, H), picture(42, W, H)]
 every_model = pytest.mark.parametrize("name", MODELS)
-
-
-@pytest.fixture(scope="session")
-def task_models(tmp_path_factory, models):
-    return TaskModels(tmp_path_factory.mktemp("tasks"), models)
 
 
 # What leads: for each net (its number, its options); of two, the second sees the second picture.

@@ -14,13 +14,13 @@ from reference import assert_close, normal, randomise, same
 from test_unet import PUBLISHED as UNETS
 from test_vae import PUBLISHED as VAES
 
+from ldm.checkpoints.architectures import EULER, UNET_2, UNET_XL
 from ldm.guidance import Told, classifier_free, conditional, denoiser, halves_together
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.network import guided, tell
 from ldm.noise import Noise
-from ldm.parity.architectures import EULER, UNET_2, UNET_XL
 from ldm.parity.drawn import draw, give, share
 from ldm.samplers import SAMPLERS
 from ldm.sampling import sample

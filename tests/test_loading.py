@@ -13,6 +13,7 @@ from tiny_pairs import PROMPT, SD
 
 import ldm
 from ldm import loading
+from ldm.checkpoints import places
 from ldm.errors import LDMError
 from ldm.io.folders import read_json
 from ldm.io.weights import read_tensors, save_weights
@@ -171,7 +172,7 @@ def test_scheduler_files_of_every_class_are_read_and_drawn_with_their_own_sample
         saved = {key: value for key, value in {**SD, "clip_sample": False, **fields}.items() if key in known}
         cls(**saved).save_pretrained(folder / "scheduler")
         pipe = ldm.load(folder)
-        config, defaults = loading.read_schedule(folder)
+        config, defaults = loading.find_schedule(folder)
         assert (config, defaults) == (pipe.scheduler, pipe.defaults)
         few = SMALL | {"steps": 6}  # enough to tell the orders apart
         settings = pipe.settings(PROMPT, **few)
@@ -228,16 +229,16 @@ def test_embedded_models_are_found_by_name(models, tmp_path, monkeypatch):
         shutil.copytree(models.folder("sd1"), root / "weights" / "tiny")
         (root / "weights" / "tiny-extras").mkdir()  # no model: it has no index
         package = root / "ldm" if root.name == "checkout" else root
-        monkeypatch.setattr(loading, "__file__", str(package / "loading.py"))
-        assert loading.embedded() == {"tiny": root / "weights" / "tiny"}
+        monkeypatch.setattr(places, "PACKAGE", package)
+        assert places.embedded() == {"tiny": root / "weights" / "tiny"}
         assert ldm.load("tiny").folder == root / "weights" / "tiny"
         with pytest.raises(LDMError, match=r"no model 'tinny': .* embedded model \(tiny\)\. Did you mean 'tiny'\?"):
             ldm.load("tinny")
 
 
 def test_without_embedded_models_the_sentence_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "__file__", str(tmp_path / "ldm" / "loading.py"))
-    with pytest.raises(LDMError, match=r"no model 'scenes': neither a folder here nor an embedded model \(none\)"):
+    monkeypatch.setattr(places, "PACKAGE", tmp_path / "ldm")
+    with pytest.raises(LDMError, match=r"no model 'scenes': neither a folder or .* nor an embedded model \(none\)"):
         ldm.load()
 
 
@@ -370,8 +371,8 @@ def test_what_is_no_such_model_is_refused_with_a_sentence(folder, what):
         ldm.load(folder)
 
 
-def test_a_file_is_no_folder(folder):
-    with pytest.raises(LDMError, match=r"There is no model '.*safetensors': neither a folder here"):
+def test_one_part_of_a_folder_is_no_model(folder):
+    with pytest.raises(LDMError, match=r"safetensors is of no architecture that ldm knows: .*take its"):
         ldm.load(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 

@@ -422,7 +422,7 @@ def test_two_runs_on_a_page(trace, pipe):
 def cli(model, pipe, tmp_path, monkeypatch, capsys):
     """Run `ldm explain` in an empty folder; standard output and standard error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loading, "load", lambda *args: pipe)
+    monkeypatch.setattr(loading, "load", lambda *args, **options: pipe)
 
     def run(*words, status=0):
         found = main(["explain", *map(str, words), "--model", str(model)])

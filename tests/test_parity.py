@@ -17,13 +17,13 @@ from test_unet import PUBLISHED as UNETS
 from test_vae import PUBLISHED as VAES
 from torch import nn
 
+from ldm.checkpoints.architectures import ARCHITECTURES
 from ldm.cli import main
 from ldm.models import blocks, vae
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.noise import Noise
 from ldm.parity import opening, timing, walk
-from ldm.parity.architectures import ARCHITECTURES
 from ldm.parity.compare import held, rms, same_layout
 from ldm.parity.drawn import draw, widened
 from ldm.parity.inputs import AWKWARD
@@ -468,6 +468,7 @@ WRONG = {
     "--against other.py": ["there is no file 'other.py'"],
     "--json nowhere/report.json": ["the folder nowhere does not exist"],
     "--device tpu": ["Unknown device 'tpu'"],
+    f"{__file__} --only unet": ["is a single file, and the other side reads folders: `ldm convert` makes one of it"],
 }
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from reference import assert_close, normal, scheduler_of
 from test_pipeline import OF_RATIO, SAMPLERS, ends, equal, generators, landed, same_pixels
 from tiny_pairs import MODELS, OTHERS, PROMPT, SCENES, SD, scenes, with_scheduler
-from tiny_tasks import NOISE_LEVELS, TASKS, TaskModels, box_mask, noise_of_float32, picture
+from tiny_tasks import NOISE_LEVELS, TASKS, box_mask, noise_of_float32, picture
 
 import ldm
 from ldm.scenes import draw
@@ -43,11 +43,6 @@ THEIRS = {  # our option -> diffusers'
 }
 W, H = 50, 37  # what is drawn is 48 x 32
 SMALL = {"width": 48, "height": 32}
-
-
-@pytest.fixture(scope="session")
-def task_models(tmp_path_factory, models):
-    return TaskModels(tmp_path_factory.mktemp("tasks"), models)
 
 
 def scheduler_like(sampler, family, spacing, n, dtype):

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 from reference import assert_close, normal
 from tiny_pairs import OTHERS, PROMPT, SCENES, scenes
-from tiny_tasks import TaskModels, box_mask, picture
+from tiny_tasks import box_mask, picture
 
 import ldm
 from ldm import conditions, pictures, tasks
@@ -38,11 +38,6 @@ METHODS = ["ddim", "ddpm", "euler", "euler-a", "heun", "dpm2", "lms", "plms", "p
            "dpm++2s", "unipc2", "deis2"]  # fmt: skip
 SILENT = [name for name in METHODS if name not in ("ddpm", "euler-a", "dpm++2m-sde")]  # draw no noise on the way
 every_method = pytest.mark.parametrize("sampler", METHODS)
-
-
-@pytest.fixture(scope="session")
-def task_models(tmp_path_factory, models):
-    return TaskModels(tmp_path_factory.mktemp("tasks"), models)
 
 
 @pytest.fixture

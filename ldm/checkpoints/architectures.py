@@ -1,7 +1,8 @@
-"""The published models' configurations, for `--random-init`: the full size without a download; and tiny ones.
+"""The published models' configurations, which original files don't hold, and `--random-init` builds; and tiny ones.
 
-Facts of the config.json files of runwayml/stable-diffusion-v1-5 and -inpainting, stabilityai/stable-diffusion-2-1,
--2-1-base, -xl-base-1.0, -xl-refiner-1.0, lllyasviel/sd-controlnet-canny and diffusers/controlnet-canny-sdxl-1.0.
+Facts of the config.json files in the folders of Stable Diffusion 1.5 and its inpainting model, InstructPix2Pix, Stable
+Diffusion 2.1, 2.1 base, 2 inpainting, 2 depth, the x4 upscaler, SDXL base 1.0, its refiner and inpainting model, the
+first ControlNet for edges of SD 1.5 and the one of SDXL.
 """
 
 from dataclasses import dataclass, field, replace
@@ -96,6 +97,23 @@ VAE = {
     "scaling_factor": VAEConfig.scaling_factor,
 }
 VAE_XL = VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+UNET_UPSCALER = UNET_2 | {  # reads a small picture with some noise beside the latent, and is told how much of it
+    "attention_head_dim": 8,
+    "block_out_channels": [256, 512, 512, 1024],
+    "down_block_types": [DOWN, CROSS_DOWN, CROSS_DOWN, CROSS_DOWN],
+    "up_block_types": [CROSS_UP, CROSS_UP, CROSS_UP, UP],
+    "only_cross_attention": [True, True, True, False],
+    "in_channels": 7,
+    "num_class_embeds": 1000,
+    "sample_size": 128,
+}
+VAE_UPSCALER = VAE | {  # a latent stands for four pixels
+    "block_out_channels": [128, 256, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "sample_size": 256,
+    "scaling_factor": 0.08333,
+}
 LED = {"conditioning_embedding_out_channels": [16, 32, 96, 256]}
 
 BETAS = {
@@ -117,14 +135,18 @@ DDIM = {
     "set_alpha_to_one": False,
     "prediction_type": "v_prediction",
 } | BETAS
+EULER_ANCESTRAL = {"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon"} | BETAS
 EULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "prediction_type": "epsilon"} | BETAS
+UPSCALER_BETAS = BETAS | {"beta_start": 0.0001, "beta_end": 0.02}
 
 
 @dataclass(frozen=True)
 class Architecture:
     """Configurations by part, as their JSON files hold them: `parts` are named as a model's folders are.
 
-    `pads`: the padding token of each tokenizer; `index`: what the pipeline's model_index.json says beside the parts.
+    `pads`: the padding token of each tokenizer; `index`: what the pipeline's model_index.json says beside the parts;
+    `low_res_scheduler`: an upscaler's, of the noise on its small picture. `title`: in a sentence, "a ...". `defaults`:
+    what its `ldm.json` says of steps and guidance.
     """
 
     name: str
@@ -132,9 +154,13 @@ class Architecture:
     scheduler: dict
     pads: tuple[str, ...] = (END,)
     index: dict = field(default_factory=dict)
+    low_res_scheduler: dict | None = None
+    title: str = ""
+    defaults: dict = field(default_factory=dict)
 
-    def with_unet(self, name: str, **fields: object) -> "Architecture":
-        return replace(self, name=name, parts=self.parts | {"unet": self.parts["unet"] | fields})
+    def with_unet(self, name: str, title: str = "", **fields: object) -> "Architecture":
+        parts = self.parts | {"unet": self.parts["unet"] | fields}
+        return replace(self, name=name, parts=parts, title=title or self.title)
 
     def led(self, name: str, **fields: object) -> "Architecture":
         """With a ControlNet that copies the UNet's encoder."""
@@ -143,14 +169,27 @@ class Architecture:
         return replace(self, name=name, parts=self.parts | {"controlnet": net | LED | fields})
 
 
-SD15 = Architecture("sd15", {"text_encoder": CLIP_L, "unet": UNET_1, "vae": VAE}, PNDM)
-SD21 = Architecture("sd21", {"text_encoder": CLIP_H, "unet": UNET_2, "vae": VAE}, DDIM, ("!",))
+SD15 = Architecture("sd15", {"text_encoder": CLIP_L, "unet": UNET_1, "vae": VAE}, PNDM, title="Stable Diffusion 1")
+SD21 = Architecture(
+    "sd21", {"text_encoder": CLIP_H, "unet": UNET_2, "vae": VAE}, DDIM, ("!",), title="Stable Diffusion 2"
+)
+SD21_BASE = replace(SD21.with_unet("sd21-base", sample_size=64), scheduler=PNDM)
+UPSCALER = Architecture(
+    "x4-upscaler",
+    {"text_encoder": CLIP_H, "unet": UNET_UPSCALER, "vae": VAE_UPSCALER},
+    DDIM | UPSCALER_BETAS,
+    ("!",),
+    {"max_noise_level": 350},
+    {"_class_name": "DDPMScheduler", "clip_sample": True, "prediction_type": "epsilon"} | UPSCALER_BETAS,
+    "Stable Diffusion x4 upscaler",
+)
 SDXL = Architecture(
     "sdxl",
     {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "unet": UNET_XL, "vae": VAE_XL},
     EULER,
     (END, "!"),
     {"force_zeros_for_empty_prompt": True},
+    title="Stable Diffusion XL base",
 )
 REFINER = Architecture(
     "sdxl-refiner",
@@ -158,6 +197,7 @@ REFINER = Architecture(
     EULER,
     ("!",),
     {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True},
+    title="Stable Diffusion XL refiner",
 )
 
 SMALL_TEXT = {"hidden_size": 24, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 3}
@@ -206,15 +246,24 @@ TINY_REFINER = small(
     {"projection_dim": 10},
 )
 
-ALL = (
+SD15_EDIT = SD15.with_unet("sd15-edit", "InstructPix2Pix of Stable Diffusion 1", in_channels=8)
+PUBLISHED = (  # in the order in which a file is compared with them: of two of the same shapes, the first
     SD15,
-    SD15.with_unet("sd15-inpaint", in_channels=9),
-    SD15.led("sd15-controlnet"),
+    SD15.with_unet("sd15-inpaint", "Stable Diffusion 1 for inpainting", in_channels=9),
+    replace(SD15_EDIT, scheduler=EULER_ANCESTRAL),
     SD21,
-    replace(SD21.with_unet("sd21-base", sample_size=64), scheduler=PNDM),
+    SD21_BASE,
+    SD21_BASE.with_unet("sd2-inpaint", "Stable Diffusion 2 for inpainting", in_channels=9),
+    SD21_BASE.with_unet("sd2-depth", "Stable Diffusion 2 for depth", in_channels=5),
+    UPSCALER,
     SDXL,
-    SDXL.led("sdxl-controlnet"),
+    SDXL.with_unet("sdxl-inpaint", "Stable Diffusion XL for inpainting", in_channels=9),
     REFINER,
+)
+ALL = (
+    *PUBLISHED,
+    SD15.led("sd15-controlnet"),
+    SDXL.led("sdxl-controlnet"),
     TINY_SD15,
     TINY_SD15.with_unet("tiny-sd15-inpaint", in_channels=9),
     TINY_SD15.led("tiny-sd15-controlnet", **SMALL_LED),

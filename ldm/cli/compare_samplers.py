@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ldm.cli.options import add_model_options, open_model, real, said, whole
+from ldm.cli.options import READING, add_model_options, open_model, real, said, whole
 
 HELP = """Draw the same held-out scenes with every sampler, at several numbers of steps.
 
@@ -36,6 +36,6 @@ def run(args: argparse.Namespace) -> None:
 
     for name in args.samplers or ():
         find_sampler(name)
-    pipe, _ = open_model(args.model, args.dtype, args.device)
+    pipe, _ = open_model(args.model, args.dtype, args.device, reading=said(args, READING))
     cells = compare(pipe, Path(args.out), **said(args, OPTIONS))
     plot(cells, Path(args.out) / "plot.png")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.options import LEVELS, add_levels, add_model_options, one_of, open_model, real, said, whole
+from ldm.cli.options import LEVELS, READING, add_levels, add_model_options, one_of, open_model, real, said, whole
 from ldm.errors import LDMError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
 def run(args: argparse.Namespace) -> None:
     from ldm.metrics.evaluation import evaluate
 
-    pipe, _ = open_model(args.model, args.dtype, args.device)
+    pipe, _ = open_model(args.model, args.dtype, args.device, reading=said(args, READING))
     pipe.schedule(**said(args, LEVELS))  # refuses at once what the model cannot do
     if args.control:
         return run_control(args, pipe)

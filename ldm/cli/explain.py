@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.generate import add_settings
-from ldm.cli.options import LEVELS, MEMORY, SEED, add_memory, add_model_options, open_model, progress, real, said, whole
+from ldm.cli.options import (
+    LEVELS,
+    MEMORY,
+    READING,
+    SEED,
+    add_memory,
+    add_model_options,
+    open_model,
+    progress,
+    real,
+    said,
+    whole,
+)
 from ldm.errors import LDMError, say_on_stderr
 from ldm.io.atomic import check_writable
 
@@ -54,7 +66,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
 def run(args: argparse.Namespace) -> None:
     path = Path(args.out)
     prepare_page(path, args.overwrite)
-    pipe, _ = open_model(args.model, args.dtype, args.device, said(args, MEMORY))
+    pipe, _ = open_model(args.model, args.dtype, args.device, said(args, MEMORY), said(args, READING))
     runs = [{"prompt": args.prompt, **said(args, SETTINGS)}]
     changes = {name: getattr(args, f"with_{name}") for name in BESIDE}
     changes = {name: value for name, value in changes.items() if value is not None}

@@ -12,6 +12,7 @@ from ldm.cli.inside import SHEET, Inside, other_run
 from ldm.cli.options import (
     LEVELS,
     MEMORY,
+    READING,
     SEED,
     add_levels,
     add_memory,
@@ -23,7 +24,7 @@ from ldm.cli.options import (
     whole,
 )
 from ldm.cli.plan import Job, batches, make_folder, obstacle, plan, prepare, prepare_sheet, read_prompts
-from ldm.cli.record import DECIDES, make_record, pixel_hash, told_of_memory
+from ldm.cli.record import DECIDES, make_record, pixel_hash, told_of_memory, told_of_reading
 from ldm.errors import LDMError
 from ldm.io.png import save_png
 
@@ -154,8 +155,9 @@ class Drawing:
     def __init__(self, args: argparse.Namespace):
         self.args, self.several = args, args.count > 1 or args.prompts is not None
         self.memory = said(args, MEMORY)
-        self.pipe, self.model_hash = open_model(args.model, args.dtype, args.device, self.memory)
-        self.given = given.open_given(wishes.wishes(args), self.pipe, args.model, self.memory)
+        self.reading = said(args, READING)
+        self.pipe, self.model_hash = open_model(args.model, args.dtype, args.device, self.memory, self.reading)
+        self.given = given.open_given(wishes.wishes(args), self.pipe, args.model, self.memory, args.allow_pickle)
         self.options = given.sized(self.given, self.pipe, said(args, SETTINGS))
 
     def settings(self, job: Job) -> "Settings":
@@ -164,7 +166,7 @@ class Drawing:
     def record(self, job: Job, batch: int = 1) -> dict:
         settings, clip_skip = self.settings(job), self.args.clip_skip
         record = make_record(self.pipe, self.args.model, self.model_hash(), settings, clip_skip, batch, self.given)
-        return record | {"memory": told_of_memory(self.memory)}
+        return record | {"memory": told_of_memory(self.memory), "reading": told_of_reading(self.reading)}
 
     def inside(self, job: Job) -> Path:
         """Where the steps of this picture go: the folder itself, or one inside it for each of several pictures."""

@@ -84,10 +84,12 @@ class Given:
         return Ensemble(pipe, self.refiner, self.wish.get("hand_over", 0.8))
 
 
-def open_given(wish: dict, pipe: "Pipeline", model: str, memory: dict | None = None) -> Given:
+def open_given(
+    wish: dict, pipe: "Pipeline", model: str, memory: dict | None = None, allow_pickle: bool = False
+) -> Given:
     """Open every picture, make the conditions and load the ControlNets. Raises LDMError for what cannot be.
 
-    `memory`: the switches of `ldm.memory`, which hold for a refiner, too.
+    `memory`: the switches of `ldm.memory`, which hold for a refiner, too, as does `allow_pickle`.
     """
     from ldm.pictures import extend, read_mask
 
@@ -112,11 +114,12 @@ def open_given(wish: dict, pipe: "Pipeline", model: str, memory: dict | None = N
         from ldm.loading import find_model, load
 
         kept = "cpu" if pipe.where is not None else pipe.device
-        given.refiner = load(wish["refiner"], {"rest": pipe.dtype, "vae": pipe.vae.dtype}, kept)
+        dtypes = {"rest": pipe.dtype, "vae": pipe.vae.dtype}
+        given.refiner = load(wish["refiner"], dtypes, kept, allow_pickle=allow_pickle)
         save_memory(given.refiner, memory or {}, pipe.device)
         given.hashes["refiner"] = folder_hash(find_model(wish["refiner"]))
         given.ensemble(pipe)  # refused now, if they don't go together
-    given.led = [open_control(each, wish, pipe, model) for each in wish.get("control", ())]
+    given.led = [open_control(each, wish, pipe, model, allow_pickle) for each in wish.get("control", ())]
     if given.led and memory:  # anew, with the nets beside the UNet
         save_memory(pipe, memory, pipe.device, [each.net for each in given.led])
     return given
@@ -186,11 +189,12 @@ class Led:
         return Control(self.net, picture, self.wish["scale"], self.wish["start"], self.wish["end"], self.guess, kind)
 
 
-def open_control(wish: dict, all_wishes: dict, pipe: "Pipeline", model: str) -> Led:
+def open_control(wish: dict, all_wishes: dict, pipe: "Pipeline", model: str, allow_pickle: bool = False) -> Led:
     """The ControlNet and the picture of one --control. Raises LDMError for an unknown kind, net or picture."""
+    from ldm.checkpoints.places import embedded
     from ldm.conditions import check_kind
     from ldm.io.folders import folder_hash
-    from ldm.loading import embedded, find_model, load_controlnet
+    from ldm.loading import find_model, load_controlnet
 
     kind, net = kind_of(wish["kind"]), wish["net"]
     if kind is not None:
@@ -202,7 +206,7 @@ def open_control(wish: dict, all_wishes: dict, pipe: "Pipeline", model: str) -> 
                 f"No ControlNet for {wish['kind']!r} travels with this model: name one, "
                 f"--control {wish['kind']}@FOLDER:{wish['picture']}."
             )
-    loaded = load_controlnet(net, pipe)
+    loaded = load_controlnet(net, pipe, allow_pickle=allow_pickle)
     picture, finished = source_of(wish["kind"], wish["picture"], all_wishes.get("estimator"))
     net_hash = folder_hash(find_model(net, "config.json"))
     return Led(wish, loaded, net_hash, picture, finished, all_wishes.get("guess", False))

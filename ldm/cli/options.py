@@ -132,13 +132,35 @@ SEED = whole(0, 2**63 - 1)  # what torch takes, with room for the seeds after it
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default="scenes", help="an embedded model's name, or a folder in diffusers' format (default: scenes)"
-    )
+        "--model", default="scenes", help="an embedded model's name, a folder in diffusers' format, a single file "
+        "(.safetensors, .ckpt), or a name of the hub, org/name, which is fetched unless it is here (default: scenes)",
+    )  # fmt: skip
     add_device(parser)
     parser.add_argument(
         "--dtype", default="float32", type=dtypes, metavar="DTYPE[,PART=DTYPE...]",
         help=f"{', '.join(DTYPES)}; or float16,vae=float32, for a part that is to have another (default: float32)",
     )  # fmt: skip
+    add_reading(parser)
+
+
+READING = ("variant", "prediction_type", "allow_pickle")  # how a model's files are read
+
+
+def add_reading(parser: "argparse._ActionsContainer") -> None:
+    """How the model's files are read: `READING`. What the picture's record has of them, `ldm rerun` takes from it."""
+    parser.add_argument(
+        "--variant", metavar="NAME", help="one of several sets of weights: fp16 of a folder; ema of a single file"
+    )
+    parser.add_argument(
+        "--prediction-type", metavar="NAME", help="epsilon or v_prediction, where the files don't say or are mistaken"
+    )
+    allow_pickle(parser)
+
+
+def allow_pickle(parser: "argparse._ActionsContainer") -> None:
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read .ckpt and .bin files; ldm takes the tensors and runs nothing"
+    )
 
 
 def add_device(parser: argparse.ArgumentParser, default: str | None = "cpu") -> None:
@@ -232,22 +254,24 @@ def find_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
-def open_model(name: str, dtype: str, device: str, wish: dict | None = None) -> tuple["Pipeline", Callable[[], str]]:
+def open_model(
+    name: str, dtype: str, device: str, wish: dict | None = None, reading: dict | None = None
+) -> tuple["Pipeline", Callable[[], str]]:
     """The model, and a function that tells its hash: that is computed meanwhile, for large models take seconds.
 
-    `wish`: what of `MEMORY` was said.
+    `wish`: what of `MEMORY` was said; `reading`: what of `READING`.
     """
+    from ldm.checkpoints.places import INDEX, find_model
     from ldm.io.folders import folder_hash
-    from ldm.loading import find_model, load
+    from ldm.loading import load
 
-    where, wish = find_device(device), wish or {}
+    where, wish, reading = find_device(device), wish or {}, reading or {}
     if "offload" in wish and where.type == "cpu":
         raise LDMError("--offload brings to another device what is at work, and the CPU has all of it: say --device.")
-    folder = find_model(name)
-    model_hash = Background(folder_hash, folder)
+    model_hash = Background(folder_hash, find_model(name, INDEX, reading.get("variant"), "allow_pickle" in reading))
     found = dtypes_of(dtype)
     kept = "cpu" if "offload" in wish else where
-    pipe = load(name, found if len(found) > 1 else found["rest"], kept)
+    pipe = load(name, found if len(found) > 1 else found["rest"], kept, **reading)
     if wish:
         save_memory(pipe, wish, where)
     return pipe, model_hash.result

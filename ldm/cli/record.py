@@ -30,7 +30,7 @@ DECIDES = {
 }  # fmt: skip
 # Where it was drawn: numbers may be rounded otherwise elsewhere. `batch` is how many pictures were drawn together.
 # `pictures` are the words of the command line that name the pictures given; `given` is what they were.
-# `memory` are the switches of `ldm.memory`.
+# `memory` are the switches of `ldm.memory`; `reading`, which of the model's weights were taken, and as what.
 SURROUNDS = {
     "model": str,
     "device": str,
@@ -39,6 +39,7 @@ SURROUNDS = {
     "torch": str,
     "pictures": WORDS,
     "memory": WORDS,
+    "reading": WORDS,
 }
 # What pictures don't tell that were drawn before ldm was given any.
 BEFORE = {"strength": None, "image_guidance": None, "noise_level": None, "given": {}, "pictures": []}
@@ -48,6 +49,7 @@ BEFORE |= {
     "autocast": None,
     "memory": [],
 }  # nor those that were drawn before ldm knew SDXL
+BEFORE |= {"reading": []}  # nor those that were drawn before it read more than folders
 
 
 def make_record(
@@ -74,6 +76,7 @@ def make_record(
         "device": str(pipe.device),
         "batch": batch,
         "memory": [],
+        "reading": [],
         "version": __version__,
         "torch": str(torch.__version__),
     }
@@ -82,6 +85,19 @@ def make_record(
 def told_of_memory(switches: dict) -> list[str]:
     """The switches of `ldm.memory` as a record has them: autocast, which changes the picture, stands by itself."""
     return [f"{name}={value}" for name, value in switches.items() if name != "autocast"]
+
+
+def told_of_reading(options: dict) -> list[str]:
+    """How the model's files were read. That a pickle was allowed, a stranger's picture must not say for others."""
+    return [f"{name}={value}" for name, value in options.items() if name != "allow_pickle"]
+
+
+def reading_of(record: dict) -> dict[str, str]:
+    """The options that `told_of_reading` wrote. Raises LDMError for others."""
+    found = dict(word.partition("=")[::2] for word in record["reading"])
+    if unknown := found.keys() - {"variant", "prediction_type"}:
+        raise LDMError(f"The picture's settings ask to read the model by {min(unknown)!r}, which ldm doesn't know.")
+    return found
 
 
 def dtype_of(pipe: "Pipeline") -> str:

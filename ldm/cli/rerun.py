@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING
 from ldm.cli import given, wishes
 from ldm.cli.draw import draw
 from ldm.cli.generate import SETTINGS
-from ldm.cli.options import CASTS, MEMORY, add_device, add_memory, dtypes_of, find_device, open_model, progress, said
+from ldm.cli.options import (
+    CASTS,
+    MEMORY,
+    add_device,
+    add_memory,
+    allow_pickle,
+    dtypes_of,
+    find_device,
+    open_model,
+    progress,
+    said,
+)
 from ldm.cli.plan import prepare_file
-from ldm.cli.record import SURROUNDS, differences, make_record, pixel_hash, read_record, told_of_memory
+from ldm.cli.record import SURROUNDS, differences, make_record, pixel_hash, read_record, reading_of, told_of_memory
 from ldm.errors import LDMError
 from ldm.io.png import save_png
 
@@ -31,11 +42,15 @@ def add(commands: "argparse._SubParsersAction") -> None:
     p.add_argument("--out", metavar="PNG", help="write the new picture there (default: it is only compared)")
     p.add_argument("--overwrite", action="store_true", help="replace whatever --out names")
     add_device(p, default=None)
+    allow_pickle(p)
     add_memory(p.add_argument_group("memory and time"), autocast=False)
 
 
 def run(args: argparse.Namespace) -> int:
-    old, image = read_record(args.picture), read_pixels(args.picture)
+    from ldm.io.pictures import open_picture
+
+    old = read_record(args.picture)
+    image = open_picture(args.picture)
     try:
         dtypes_of(old["dtype"])
     except argparse.ArgumentTypeError:
@@ -51,36 +66,27 @@ def run(args: argparse.Namespace) -> int:
     return report(args.picture, old, image, new, new_image)
 
 
-def read_pixels(path: str) -> "Image.Image":
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # SyntaxError: Pillow's "broken PNG"
-        raise LDMError(f"{path} is damaged ({error}): take another copy of it.") from error
-
-
 def torn(path: str) -> LDMError:
     return LDMError(f"{path}: the picture and its settings don't belong together; it was changed since.")
 
 
 def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tuple["Image.Image", dict]:
     """The new picture, drawn alone, and its record; `size` is that of the old picture."""
+    from ldm.checkpoints.places import check_here
+
+    reading = reading_of(old) | said(args, ("allow_pickle",))
     memory = said(args, MEMORY) | ({} if old["autocast"] is None else {"autocast": old["autocast"]})
+    wish = wishes.read_words(old["pictures"], args.picture)
     try:
-        pipe, model_hash = open_model(args.model or old["model"], old["dtype"], args.device or device_of(old), memory)
+        for name in wishes.models(wish) if args.model else [old["model"], *wishes.models(wish)]:
+            check_here(name, reading.get("variant"))
+        device = args.device or device_of(old)
+        pipe, model_hash = open_model(args.model or old["model"], old["dtype"], device, memory, reading)
     except LDMError as error:
         hint = "" if args.model else f" (The picture names the model {old['model']!r}; --model says where it is now.)"
         raise LDMError(f"{error}{hint}") from error
     options = {name: old[name] for name in ("seed", *SETTINGS) if name != "steps_are"}  # the steps are in total here
-    wish = wishes.read_words(old["pictures"], args.picture)
-    opened = given.open_given(wish, pipe, args.model or old["model"], memory)
+    opened = given.open_given(wish, pipe, args.model or old["model"], memory, args.allow_pickle)
     opened.lead(old["width"], old["height"])
     now = opened.record()
     for name in {**now, **old["given"]}:
@@ -95,7 +101,8 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
         result = draw(pipe, old["prompt"], opened, lambda step: bar.update(), clip_skip=old["clip_skip"], **options)
     name = args.model or old["model"]
     record = make_record(pipe, name, model_hash(), settings, old["clip_skip"], batch=1, given=opened)
-    return result.images[0], record | {"memory": told_of_memory(memory), "pixels": pixel_hash(result.images[0])}
+    told = {"memory": told_of_memory(memory), "reading": old["reading"]}
+    return result.images[0], record | told | {"pixels": pixel_hash(result.images[0])}
 
 
 def device_of(old: dict) -> str:

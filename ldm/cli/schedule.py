@@ -46,10 +46,10 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.loading import find_model, read_schedule
+    from ldm.loading import find_schedule
     from ldm.settings import choose_levels
 
-    config, defaults = read_schedule(find_model(args.model))
+    config, defaults = find_schedule(args.model)
     levels = choose_levels(config, defaults, **said(args, LEVELS))
     schedule = levels.schedule(config, args.tokens)
     title = headline(levels)

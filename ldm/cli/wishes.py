@@ -155,6 +155,12 @@ def read_words(told: list[str], where: str) -> dict:
     return wishes(args)
 
 
+def models(wish: dict) -> list[str]:
+    """The models that a command names beside the one that draws: ControlNets, a refiner."""
+    nets = [each["net"] for each in wish.get("control", ()) if each["net"] is not None]
+    return nets + ([wish["refiner"]] if "refiner" in wish else [])
+
+
 def files(wish: dict) -> list[Path]:
     """The files that a command reads as pictures."""
     named = [wish[name] for name in ("image", "mask", "depth") if name in wish]

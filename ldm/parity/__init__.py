@@ -2,7 +2,6 @@
 
 `ldm parity` is the command. The reference is diffusers, or a port of your own; only `reference.py` knows diffusers.
 
-    architectures.py   published configurations at full size, for random weights, and tiny ones
     drawn.py           random weights that hide nothing, shared by both sides
     reference.py       diffusers and transformers: the only file that imports them
     schedulers.py      runs of diffusers' schedulers, and of ours beside them

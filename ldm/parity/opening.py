@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ldm.checkpoints.architectures import Architecture, find_architecture
 from ldm.errors import LDMError
 from ldm.io.folders import read_fields
 from ldm.loading import find_model, load, load_controlnet
@@ -14,7 +15,6 @@ from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.parity import reference, sides
-from ldm.parity.architectures import Architecture, find_architecture
 from ldm.parity.drawn import share
 from ldm.parity.sides import Side
 from ldm.pipeline import Pipeline
@@ -39,6 +39,8 @@ def of_folder(
     if against == "diffusers":
         reference.libraries()  # missing: said before anything is read
     folder = find_model(model)
+    if folder.is_file():
+        raise LDMError(f"{folder} is a single file, and the other side reads folders: `ldm convert` makes one of it.")
     pipe = load(model, dtype, device)
     net = None if controlnet is None else load_controlnet(controlnet, pipe)
     if against != "diffusers":

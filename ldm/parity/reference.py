@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.architectures import Architecture
 from ldm.errors import LDMError
 from ldm.io.folders import read_fields
 from ldm.models.vae import VAE
-from ldm.parity.architectures import Architecture
 from ldm.parity.drawn import draw, give
 from ldm.parity.sides import Part, Side
 from ldm.text.clip import TextEncoder

@@ -1,0 +1,128 @@
+"""A model's configurations, tokenizers and tensors before a number is read: what a folder and a single file share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ldm.config import building
+from ldm.errors import LDMError
+from ldm.io.weights import Tensors, blank
+from ldm.models.unet import UNet, UNetConfig
+from ldm.models.vae import VAE, VAEConfig
+from ldm.schedules import ScheduleConfig
+from ldm.settings import Defaults
+from ldm.tasks import task_of
+from ldm.text.clip import TextConfig, TextEncoder
+from ldm.text.tokenizer import Tokenizer
+
+
+class Kind(NamedTuple):
+    """A network's class, its configuration's, and the stem of its file in a folder."""
+
+    network: type[nn.Module]
+    config: type
+    stem: str
+
+
+NETWORKS = {
+    "text_encoder": Kind(TextEncoder, TextConfig, "model"),
+    "text_encoder_2": Kind(TextEncoder, TextConfig, "model"),
+    "unet": Kind(UNet, UNetConfig, "diffusion_pytorch_model"),
+    "vae": Kind(VAE, VAEConfig, "diffusion_pytorch_model"),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`configs`, `tokenizers` and `weights` are by the names of a folder's parts; weights are asked for by part, under
+    the names that our modules have.
+
+    `doubt`: why the scheduler's prediction type is not known, which is then to be tried out
+    (`ldm.checkpoints.prediction`); None where a file says it. `usual`: why the scheduler's is the likely one all the
+    same, in words; "" where there is no likely one. `otherwise`: what else is another if the network predicts
+    something else, as of Stable Diffusion 2: the scheduler, and the size of its pictures.
+    """
+
+    place: Path
+    configs: Mapping[str, Any]
+    tokenizers: Mapping[str, Tokenizer]
+    weights: Callable[[str], Tensors]
+    scheduler: ScheduleConfig
+    defaults: Defaults
+    low_res: ScheduleConfig | None = None
+    index: Mapping[str, Any] = field(default_factory=dict)  # remarks of model_index.json
+    doubt: str | None = None
+    usual: str = ""
+    otherwise: Mapping[str, tuple[ScheduleConfig, int | None]] = field(default_factory=dict)
+
+    def predicting(self, prediction_type: str) -> "Checkpoint":
+        """The same, of a network that is known to predict that."""
+        unet = self.configs["unet"]
+        scheduler, size = self.otherwise.get(prediction_type, (self.scheduler, unet.sample_size))
+        return replace(
+            self,
+            scheduler=replace(scheduler, prediction_type=prediction_type),
+            configs={**self.configs, "unet": replace(unet, sample_size=size)},
+            doubt=None,
+        )
+
+
+def blank_part(name: str, config: Any) -> nn.Module:
+    """The part's network, without numbers. Raises LDMError for a configuration that makes none."""
+    with building(f"the {name}"), blank():
+        return NETWORKS[name].network(config)
+
+
+def family_defaults(unet: UNetConfig | None) -> Defaults:
+    """Steps and guidance where a model says nothing of them: those of its family in diffusers."""
+    if unet is not None and unet.time_cond_proj_dim is not None:
+        return Defaults(steps=4, guidance=8.5)  # LCM
+    return Defaults(guidance=5.0) if unet is not None and unet.is_xl else Defaults()
+
+
+def check_fit(checkpoint: Checkpoint) -> None:
+    """Refuse parts of different models, and UNets that ask for more than ldm tells them, before a weight is read."""
+    folder, configs = checkpoint.place, checkpoint.configs
+    unet, vae = configs["unet"], configs["vae"]
+    task, xl = task_of(unet.in_channels, vae.latent_channels), unet.is_xl
+    texts = [configs[name] for name in ("text_encoder", "text_encoder_2") if name in configs]
+    if unet.num_class_embeds is not None and task != "upscale":
+        raise LDMError(f"{folder}: the UNet asks for more than a prompt (num_class_embeds), which ldm doesn't give it.")
+    faults = []
+    for tokenizer, text in zip(checkpoint.tokenizers.values(), texts, strict=True):
+        ids, length = 1 + max(tokenizer.ids.values()), tokenizer.max_length
+        if ids > text.vocab_size or length > text.max_position_embeddings:
+            known = f"{text.max_position_embeddings} of {text.vocab_size} kinds"
+            faults.append(f"the tokenizer writes {length} tokens of {ids} kinds, the text encoder reads {known}")
+    width, wanted = sum(text.hidden_size for text in texts), unet.cross_attention_dim
+    if width != wanted:
+        speak = "the text encoder speaks" if len(texts) == 1 else "the two text encoders together speak"
+        faults.append(f"{speak} vectors of {width} numbers, the UNet reads {wanted}")
+    if task is None or unet.out_channels != vae.latent_channels:
+        inner = f"{unet.in_channels} channels and returns {unet.out_channels}"
+        faults.append(f"the UNet takes {inner}, the VAE's latents have {vae.latent_channels}")
+    if task == "upscale" and (unet.num_class_embeds is None or checkpoint.low_res is None):
+        faults.append("the UNet upscales, which takes noise levels (num_class_embeds) and a low_res_scheduler")
+    faults += check_xl(texts, unet, checkpoint.index) if xl else ["only SDXL has two text encoders"] * (len(texts) > 1)
+    if faults:
+        raise LDMError(f"{folder}: {'; '.join(faults)}: these parts don't belong together.")
+
+
+def check_xl(texts: Sequence[TextConfig], unet: UNetConfig, index: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the pooled vector and the numbers that SDXL's UNet is told."""
+    if not texts or not texts[-1].with_projection:
+        return ["SDXL's UNet reads a pooled vector, and the last text encoder has no projection that makes one"]
+    pooled, width = texts[-1].projection_dim, unet.addition_time_embed_dim or 0
+    rest = (unet.projection_class_embeddings_input_dim or 0) - pooled
+    if rest not in (5 * width, 6 * width) or not width:
+        return [
+            f"the UNet reads {unet.projection_class_embeddings_input_dim} numbers beside the text, which is neither "
+            f"{pooled} + 6 x {width} (SDXL) nor {pooled} + 5 x {width} (its refiner)"
+        ]
+    scored = index.get("requires_aesthetics_score", rest == 5 * width)
+    if scored != (rest == 5 * width):
+        return [f"model_index.json says requires_aesthetics_score {scored}, and the UNet reads {rest // width} numbers"]
+    return []
