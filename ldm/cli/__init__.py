@@ -14,10 +14,13 @@ from ldm import __version__
 from ldm.cli import (
     compare_samplers,
     condition,
+    convert,
     doctor,
     evaluate,
     explain,
+    fetch,
     generate,
+    inspect,
     parity,
     rerun,
     samplers,
@@ -37,6 +40,9 @@ COMMANDS = (
     evaluate,
     compare_samplers,
     train,
+    fetch,
+    inspect,
+    convert,
     doctor,
     parity,
 )  # `ldm --help` has this order

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from ldm import conditions, scenes
+from ldm.checkpoints.described import DIFFUSERS
 from ldm.control import Control
 from ldm.errors import LDMError
 from ldm.io.atomic import atomic_folder
@@ -18,7 +19,6 @@ from ldm.train.data import tiled
 from ldm.train.parallel import leads
 from ldm.train.unet import SCHEDULER
 
-DIFFUSERS = "0.42.1"  # the version whose format this is
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": DIFFUSERS,

@@ -1,0 +1,156 @@
+"""What `ldm convert` writes is loaded by diffusers 0.42.1, without a network: the same bits, the same pictures.
+
+`from_pretrained` reads the folders. `from_single_file` reads the files with the configurations of a folder, here one
+without any weights, so that every number must come out of the file.
+"""
+
+import re
+import shutil
+import socket
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionDepth2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tiny_pairs import PROMPT, controlnets
+from tiny_tasks import TaskModels
+
+from ldm.checkpoints.convert import convert
+from ldm.io.folders import read_json, write_json
+
+CLASSES = {
+    "sd1": StableDiffusionPipeline,
+    "sd2": StableDiffusionPipeline,
+    "sdxl": StableDiffusionXLPipeline,
+    "refiner": StableDiffusionXLImg2ImgPipeline,
+    "inpaint": StableDiffusionInpaintPipeline,
+    "edit": StableDiffusionInstructPix2PixPipeline,
+    "upscale": StableDiffusionUpscalePipeline,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection is made")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def tasks(models, tmp_path_factory):
+    return TaskModels(tmp_path_factory.mktemp("tasks"), models)
+
+
+def assert_same_bits(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype and torch.equal(ours[key], tensor), key
+
+
+def assert_same_networks(pipe, reference):
+    networks = [name for name, part in reference.components.items() if isinstance(part, torch.nn.Module)]
+    assert {"unet", "vae"} < set(networks)
+    for name in networks:
+        assert_same_bits(getattr(pipe, name), getattr(reference, name))
+
+
+def without_weights(folder, target):
+    """A folder's configurations and tokenizers alone."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    return str(target)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_pipelines_from_folders_and_files(tasks, name, tmp_path):
+    folder = tasks.folder(name)
+    convert(folder, tmp_path / "file.safetensors")
+    convert(tmp_path / "file.safetensors", tmp_path / "back")
+    reference = DiffusionPipeline.from_pretrained(folder)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "back")
+    assert type(pipe) is CLASSES[name] is type(reference)
+    assert_same_networks(pipe, reference)
+    said = {key: pipe.scheduler.config.get(key) for key in reference.scheduler.config}
+    assert said == dict(reference.scheduler.config)
+    tokens = [each.tokenizer_2 if name == "refiner" else each.tokenizer for each in (pipe, reference)]
+    assert tokens[0](PROMPT).input_ids == tokens[1](PROMPT).input_ids
+
+    bare = without_weights(tmp_path / "back", tmp_path / "bare")
+    single = CLASSES[name].from_single_file(str(tmp_path / "file.safetensors"), config=bare, local_files_only=True)
+    assert_same_networks(single, reference)
+    if name in ("sd1", "sd2", "sdxl"):
+        pictures = [drawn(each) for each in (reference, pipe, single)]
+        assert torch.equal(pictures[0], pictures[1]) and torch.equal(pictures[0], pictures[2])
+        assert pictures[0].abs().mean() > 0.1
+
+
+def test_an_xl_with_marks_of_velocity(models, tmp_path):
+    """Empty tensors that name no part: diffusers passes them over."""
+    folder = tmp_path / "xl"
+    shutil.copytree(models.folder("sdxl"), folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    write_json(path, read_json(path) | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    convert(folder, tmp_path / "file.safetensors")
+    bare = without_weights(folder, tmp_path / "bare")
+    pipe = StableDiffusionXLPipeline.from_single_file(
+        str(tmp_path / "file.safetensors"), config=bare, local_files_only=True
+    )
+    assert_same_networks(pipe, DiffusionPipeline.from_pretrained(folder))
+
+
+def drawn(pipe):
+    """The latents after two steps."""
+    pipe.set_progress_bar_config(disable=True)
+    wish = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
+    return pipe(PROMPT, generator=torch.Generator().manual_seed(3), **wish).images
+
+
+def test_depth_needs_an_estimator_there(tasks, tmp_path):
+    """Its pipeline takes no model without one, even where its parts are passed as None."""
+    convert(tasks.folder("depth"), tmp_path / "depth")
+    parts = {"depth_estimator": None, "feature_extractor": None}
+    with pytest.raises(ValueError, match=re.escape("expected ['depth_estimator', 'feature_extractor'")):
+        DiffusionPipeline.from_pretrained(tmp_path / "depth")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "depth", subfolder="unet")
+    assert_same_bits(unet, UNet2DConditionModel.from_pretrained(tasks.folder("depth"), subfolder="unet"))
+    pipe = StableDiffusionDepth2ImgPipeline.from_pretrained(tmp_path / "depth", **parts)
+    assert_same_bits(pipe.unet, unet)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_controlnets(models, name, tmp_path):
+    controlnets(models, name, seed=4)
+    folder = models.root / f"{name}-controlnet-4"
+    convert(folder, tmp_path / "net.safetensors")
+    convert(tmp_path / "net.safetensors", tmp_path / "net")
+    reference = ControlNetModel.from_pretrained(folder)
+    assert_same_bits(ControlNetModel.from_pretrained(tmp_path / "net"), reference)
+    bare = without_weights(tmp_path / "net", tmp_path / "bare")
+    single = ControlNetModel.from_single_file(str(tmp_path / "net.safetensors"), config=bare, local_files_only=True)
+    assert_same_bits(single, reference)
+
+
+@pytest.mark.parametrize("part, cls", [("vae", AutoencoderKL), ("unet", UNet2DConditionModel)])
+@pytest.mark.parametrize("name", ["sd2", "sdxl"])
+def test_one_network_alone(models, name, part, cls, tmp_path):
+    folder = models.folder(name)
+    convert(folder, tmp_path / "part.safetensors", part=part)
+    convert(folder, tmp_path / "part", part=part)
+    reference = cls.from_pretrained(folder, subfolder=part)
+    assert_same_bits(cls.from_pretrained(tmp_path / "part"), reference)
+    bare = without_weights(tmp_path / "part", tmp_path / "bare")
+    single = cls.from_single_file(str(tmp_path / "part.safetensors"), config=bare, local_files_only=True)
+    assert_same_bits(single, reference)
