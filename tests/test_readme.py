@@ -42,8 +42,8 @@ def test_the_lines_about_sdxl_run_as_they_stand(models):
     from ldm import memory
 
     block = re.search(r"<!-- xl -->\s*```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
-    for name, folder in (("base", models.folder("sdxl")), ("refiner", models.folder("refiner"))):
-        block, count = re.subn(f'"stable-diffusion-xl-{name}-1.0"', repr(str(folder)), block)
+    for name, folder in (("sdxl", models.folder("sdxl")), ("sdxl-refiner", models.folder("refiner"))):
+        block, count = re.subn(f'"{name}"', repr(str(folder)), block)
         assert count == 1
     made = {"ldm": ldm, "memory": memory}
     exec(compile(block.replace('"cuda"', '"cpu"'), "README.md", "exec"), made)
