@@ -21,11 +21,11 @@ from tiny import tiny_model
 
 import ldm
 from ldm.checkpoints.checkpoint import blank_part, check_fit
-from ldm.checkpoints.convert import convert
 from ldm.checkpoints.folder import read_schedule
 from ldm.checkpoints.recognise import recognise
 from ldm.cli import wishes
 from ldm.cli.record import BEFORE, DECIDES, NUMBERS, SURROUNDS, WORDS, alternatives, read_record
+from ldm.convert import convert
 from ldm.errors import LDMError
 from ldm.inspect import inspect
 from ldm.inspect.report import page

@@ -13,12 +13,12 @@ from tiny_tasks import TaskModels
 from transformers import DPTConfig, DPTForDepthEstimation
 
 import ldm
-from ldm.checkpoints import architectures, described, names, recognise, vocabulary, writing
+from ldm.checkpoints import architectures, names, recognise, vocabulary
 from ldm.checkpoints.architectures import TINY_REFINER, TINY_SD15, TINY_SD21, TINY_SDXL, Architecture
-from ldm.checkpoints.convert import convert, open_source, scaled
-from ldm.checkpoints.described import metadata, model_index, own_defaults, published, scheduler_fields, title_of
 from ldm.cli import convert as convert_command
 from ldm.cli import main
+from ldm.convert import convert, described, open_source, scaled, writing
+from ldm.convert.described import metadata, model_index, own_defaults, published, scheduler_fields, title_of
 from ldm.errors import LDMError
 from ldm.io.folders import read_json, write_json
 from ldm.io.headers import read_header
@@ -398,6 +398,9 @@ def test_marks_of_an_xl_that_predicts_velocity(models, tmp_path, capsys):
     assert marks == {"v_pred": (0,), "ztsnr": (0,)}
     convert(tmp_path / "xl.safetensors", tmp_path / "back")
     assert_same(open_source(folder), open_source(tmp_path / "back"))
+    write_json(path, read_json(path) | {"rescale_betas_zero_snr": False})
+    convert(folder, tmp_path / "some.safetensors")
+    assert {name for name in WeightFiles(tmp_path / "some.safetensors").entries if "." not in name} == {"v_pred"}
     for name in ("sdxl", "sd2"):  # predicts noise; of a family that other programs know by its shapes
         convert(models.folder(name), tmp_path / f"{name}.safetensors")
         assert "v_pred" not in WeightFiles(tmp_path / f"{name}.safetensors").entries

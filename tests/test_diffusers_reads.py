@@ -26,7 +26,7 @@ from diffusers import (
 from tiny_pairs import PROMPT, controlnets
 from tiny_tasks import TaskModels
 
-from ldm.checkpoints.convert import convert
+from ldm.convert import convert
 from ldm.io.folders import read_json, write_json
 
 CLASSES = {

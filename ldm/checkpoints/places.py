@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import ldm
 from ldm import hub
 from ldm.errors import LDMError, nearest
 
-PACKAGE = Path(ldm.__file__).parent
+PACKAGE = Path(__file__).parent.parent
 INDEX, CONFIG = "model_index.json", "config.json"  # what marks the folder of a whole model, and of one network
 
 

@@ -9,9 +9,9 @@ from ldm.cli.options import DTYPES, one_of, progress, real
 from ldm.errors import say_on_stderr
 
 if TYPE_CHECKING:
-    from ldm.checkpoints.writing import Source, Written
+    from ldm.convert.writing import Source, Written
 
-PARTS = ("controlnet", "vae", "unet")  # of `ldm.checkpoints.convert`, which would bring torch along
+PARTS = ("controlnet", "vae", "unet")  # of `ldm.convert`, which would bring torch along
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 HELP = """Write a model as a folder in diffusers' format, or as a single file in the original layout.
@@ -56,8 +56,8 @@ def add(commands: "argparse._SubParsersAction") -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.checkpoints.convert import open_source
-    from ldm.checkpoints.writing import check_target, write
+    from ldm.convert import open_source
+    from ldm.convert.writing import check_target, write
     from ldm.loading import find_dtype
 
     check_target(args.source, args.target, args.overwrite)

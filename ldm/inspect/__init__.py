@@ -4,7 +4,7 @@
     report = inspect("model.safetensors")      # report.what, report.parts, report.sound, ...
 
 A folder says itself what it is, and the question is whether its weights are those that it asks for
-(`inspect_folder`). A single file is recognised by its keys and shapes (`inspect_file`).
+(`folder.py`). A single file is recognised by its keys and shapes (`file.py`).
 """
 
 from pathlib import Path

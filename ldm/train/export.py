@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from ldm import conditions, scenes
-from ldm.checkpoints.described import DIFFUSERS
 from ldm.control import Control
+from ldm.convert.described import DIFFUSERS
 from ldm.errors import LDMError
 from ldm.io.atomic import atomic_folder
 from ldm.io.folders import folder_hash, read_fields, read_json, write_json

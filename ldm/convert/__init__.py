@@ -12,10 +12,10 @@ import torch
 
 from ldm.checkpoints import single
 from ldm.checkpoints.checkpoint import check_fit
-from ldm.checkpoints.described import title_of
 from ldm.checkpoints.places import CONFIG, INDEX, embedded, find_model
 from ldm.checkpoints.recognise import recognise
-from ldm.checkpoints.writing import ALONE, STEM, Ours, Source, Written, check_target, write
+from ldm.convert.described import title_of
+from ldm.convert.writing import ALONE, STEM, Ours, Source, Written, check_target, write
 from ldm.errors import LDMError, nearest, say_on_stderr
 from ldm.io.folders import find_weights, read_fields
 from ldm.io.weights import Tensors, WeightFiles

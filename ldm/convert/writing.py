@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ldm.checkpoints import names
 from ldm.checkpoints.checkpoint import NETWORKS, Checkpoint
-from ldm.checkpoints.described import metadata, model_index, own_defaults, padding, scheduler_fields
 from ldm.checkpoints.places import CONFIG, INDEX
 from ldm.checkpoints.vocabulary import MERGES_SHA256, clip_tokenizer, save_tokenizer
+from ldm.convert.described import metadata, model_index, own_defaults, padding, scheduler_fields
 from ldm.errors import LDMError, say_on_stderr
 from ldm.io.atomic import atomic_folder, check_writable
 from ldm.io.folders import read_fields, write_json
