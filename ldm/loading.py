@@ -9,7 +9,7 @@ from torch import nn
 from ldm.checkpoints import single
 from ldm.checkpoints.checkpoint import NETWORKS, Checkpoint, blank_part, check_fit
 from ldm.checkpoints.folder import open_folder, read_schedule
-from ldm.checkpoints.places import CONFIG, INDEX, find_model
+from ldm.checkpoints.places import CONFIG, INDEX, check_here, find_model
 from ldm.checkpoints.prediction import measure
 from ldm.config import building
 from ldm.diffusion import PREDICTIONS
@@ -75,13 +75,14 @@ def open_checkpoint(place: Path, variant: str | None, clean: str, allow_pickle: 
     return single.open_single(place, variant, clean, allow_pickle)
 
 
-def find_schedule(model: str | Path) -> tuple[ScheduleConfig, Defaults]:
-    """What a model says of its noise levels; no weights are read, and for a folder none need be there."""
-    place = find_model(model)
-    if place.is_dir():
-        return read_schedule(place)
-    checkpoint = open_checkpoint(place, None, "transformers", False)
-    return checkpoint.scheduler, checkpoint.defaults
+def find_schedule(model: str | Path, allow_pickle: bool = False) -> tuple[ScheduleConfig, Defaults]:
+    """What a model says of its noise levels; no weights are read, and of a folder none need be there.
+
+    Raises LDMError for an address on the hub that isn't here.
+    """
+    check_here(str(model), None, allow_pickle)
+    place = find_model(model, INDEX, None, allow_pickle)
+    return read_schedule(place) if place.is_dir() else single.find_schedule(place, allow_pickle)
 
 
 def fill(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: str | torch.device) -> nn.Module:

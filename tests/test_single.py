@@ -13,7 +13,8 @@ from tiny_pairs import PROMPT, controlnets
 from tiny_tasks import TASKS
 
 import ldm
-from ldm.checkpoints import names, prediction, recognise, single
+from ldm import loading
+from ldm.checkpoints import names, places, prediction, recognise, single
 from ldm.checkpoints.architectures import Architecture
 from ldm.checkpoints.checkpoint import NETWORKS
 from ldm.checkpoints.folder import open_folder
@@ -135,8 +136,8 @@ def test_what_takes_no_part_is_passed_over_by_name(sd1, capsys):
     save_weights(tensors_of(folder) | more, file)
     ldm.load(file, prediction_type="epsilon")
     said = capsys.readouterr().err
-    assert "2 tensors are passed over, tables of the noise schedule" in said
-    assert "1 tensors are passed over, position numbers" in said
+    assert "2 tensors are passed over, tables of the noise schedule (" in said
+    assert "1 tensor is passed over, position numbers (cond_stage_model.transformer.text_model.emb" in said
 
 
 def test_what_is_of_nothing_is_refused_by_name(sd1):
@@ -371,6 +372,29 @@ def test_folders_of_pickles_are_read_if_allowed(models, tmp_path):
     with pytest.raises(LDMError, match=r"holds only a pickle \(.*\.bin\).*--allow-pickle"):
         ldm.load(folder)
     assert equal(ldm.load(folder, allow_pickle=True), models.ours("sd1"))
+
+
+def test_the_schedule_of_a_file_is_told_without_a_tokenizer(sd1, sd2, capsys):
+    folder, file = sd2
+    save_weights(tensors_of(folder), file)  # and no tokenizer beside it
+    config, defaults = loading.find_schedule(file)
+    said = capsys.readouterr().err
+    assert "what it predicts isn't known (neither its metadata" in said and "those of tiny sd2 (sd2)" in said
+    assert config == ldm.load(folder).scheduler and defaults == ldm.load(folder).defaults
+    save_weights(tensors_of(folder), file, metadata={single.MODELSPEC: "epsilon"})
+    config, _ = loading.find_schedule(file)
+    assert (config.prediction_type, config.steps_offset) == ("epsilon", 7)
+    assert "isn't known" not in capsys.readouterr().err
+    vae = {key: tensor for key, tensor in tensors_of(folder).items() if key.startswith("first_stage_model.")}
+    save_weights(vae, file)
+    with pytest.raises(LDMError, match="no schedule is known of it"):
+        loading.find_schedule(file)
+
+
+def test_an_address_is_not_fetched_for_its_schedule(monkeypatch):
+    monkeypatch.setattr(places.hub, "fetch", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(LDMError, match="isn't here: `ldm fetch stranger/model`"):
+        loading.find_schedule("stranger/model")
 
 
 def test_single_reads_a_known_word_of_the_metadata_alone(sd1, answers):

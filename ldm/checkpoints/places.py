@@ -21,10 +21,13 @@ def embedded(mark: str = INDEX) -> dict[str, Path]:
     return {}
 
 
-def check_here(model: str, variant: str | None = None) -> None:
-    """Raise LDMError for an address on the hub that isn't here: a stranger's picture must not start a download."""
+def check_here(model: str, variant: str | None = None, allow_pickle: bool = False) -> None:
+    """Raise LDMError for an address on the hub that isn't here, where nobody asked for a download.
+
+    A stranger's picture must not start one.
+    """
     known = model in embedded() or model in embedded(CONFIG) or Path(model).exists()
-    if not known and hub.parse(model) is not None and hub.local(model, variant) is None:
+    if not known and hub.parse(model) is not None and hub.local(model, variant, allow_pickle) is None:
         raise LDMError(f"The model {model!r} isn't here: `ldm fetch {model}` brings it, if you want it.")
 
 
@@ -46,8 +49,8 @@ def find_model(model: str | Path, mark: str = INDEX, variant: str | None = None,
     if hub.parse(str(model)) is not None:
         try:
             return hub.fetch(str(model), variant, allow_pickle)
-        except hub.Vanished as error:
-            raise LDMError(f"{str(error).rstrip('.')}; nor is there a folder or file {str(model)!r} here.") from error
+        except LDMError as error:  # it may be a path with a slip in it
+            raise LDMError(f"{str(error).rstrip('.')}. (There is no folder or file {str(model)!r} here.)") from error
     names = ", ".join(known) or "none"
     raise LDMError(
         f"There is no model {str(model)!r}: neither a folder or file here, nor a name of the hub (org/name; `ldm "

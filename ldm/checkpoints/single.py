@@ -52,7 +52,6 @@ def open_single(
     for pad, part in zip(architecture.pads, texts, strict=True):
         name = part.replace("text_encoder", "tokenizer")
         tokenizers[name] = vocabulary.tokenizer(file, pad, configs[part], say, name, clean)
-    own = architecture.defaults
     low_res, zero_snr = chosen.low_res_scheduler, "ztsnr" in found.marks
 
     def weights(name: str) -> Tensors:
@@ -64,7 +63,7 @@ def open_single(
         tokenizers=tokenizers,
         weights=weights,
         scheduler=read_scheduler(chosen.scheduler, zero_snr),
-        defaults=from_json(Defaults, own, {}, f"{file} (ldm)") if own else family_defaults(configs["unet"]),
+        defaults=defaults_of(found, file),
         low_res=None if low_res is None else ScheduleConfig.from_json(low_res),
         index=architecture.index,
         doubt=doubt,
@@ -75,6 +74,28 @@ def open_single(
         },
     )
     return checkpoint if prediction is None else checkpoint.predicting(prediction)
+
+
+def find_schedule(file: Path, allow_pickle: bool = False, say: Say = say_on_stderr) -> tuple[ScheduleConfig, Defaults]:
+    """What the model in a file is drawn by; neither its weights nor a tokenizer are asked for."""
+    files = WeightFiles(file, allow_pickle)
+    found = recognise(files.entries, str(file), files.metadata)
+    found.check(file)
+    if "unet" not in found.parts:
+        raise LDMError(f"{file} is {found.reason}: no schedule is known of it; name a model that draws.")
+    prediction, doubt = said_of_prediction(found, files)
+    chosen = found.architecture if prediction is None else found.predicting(prediction)
+    say(f"{file} is {found.reason}.")
+    if doubt is not None:
+        say(f"{file}: what it predicts isn't known ({doubt}); the levels are those of {chosen.title} ({chosen.name}).")
+    config = read_scheduler(chosen.scheduler, "ztsnr" in found.marks)
+    return (config if prediction is None else replace(config, prediction_type=prediction)), defaults_of(found, file)
+
+
+def defaults_of(found: Found, file: Path) -> Defaults:
+    """Steps and guidance: what the file's metadata say, else those of the family."""
+    own = found.architecture.defaults
+    return from_json(Defaults, own, {}, f"{file} (ldm)") if own else family_defaults(found.configs["unet"])
 
 
 def open_part(
@@ -116,7 +137,8 @@ def tell(file: Path, found: Found, averaged: bool, say: Say) -> None:
     say(f"{file} is {found.reason}.")
     for what, why, names in found.passed_over:
         if not (averaged and what.startswith("moving averages")):
-            say(f"{file}: {len(names)} tensors are passed over, {what}: {why}.")
+            count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+            say(f"{file}: {count} passed over, {what} ({some(names, 2)}): {why}.")
     if averaged:
         say(f"{file}: the UNet's moving averages are taken instead of its weights.")
 

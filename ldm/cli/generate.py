@@ -157,7 +157,7 @@ class Drawing:
         self.memory = said(args, MEMORY)
         self.reading = said(args, READING)
         self.pipe, self.model_hash = open_model(args.model, args.dtype, args.device, self.memory, self.reading)
-        self.given = given.open_given(wishes.wishes(args), self.pipe, args.model, self.memory, args.allow_pickle)
+        self.given = given.open_given(wishes.wishes(args), self.pipe, args.model, self.memory, self.reading)
         self.options = given.sized(self.given, self.pipe, said(args, SETTINGS))
 
     def settings(self, job: Job) -> "Settings":

@@ -85,15 +85,16 @@ class Given:
 
 
 def open_given(
-    wish: dict, pipe: "Pipeline", model: str, memory: dict | None = None, allow_pickle: bool = False
+    wish: dict, pipe: "Pipeline", model: str, memory: dict | None = None, reading: dict | None = None
 ) -> Given:
     """Open every picture, make the conditions and load the ControlNets. Raises LDMError for what cannot be.
 
-    `memory`: the switches of `ldm.memory`, which hold for a refiner, too, as does `allow_pickle`.
+    `memory`: the switches of `ldm.memory`, which hold for a refiner, too. `reading`: how the model was read; a folder's
+    variant is the refiner's as well, and pickles are allowed for all.
     """
     from ldm.pictures import extend, read_mask
 
-    given = Given(wish)
+    given, allow_pickle = Given(wish), "allow_pickle" in (reading or {})
     check_wishes(wish, pipe.task)
     if "image" in wish:
         image = picture_of(wish["image"])
@@ -110,19 +111,27 @@ def open_given(
     given.options |= {"tile": wish["tile"]} if "tile" in wish else {}
     given.options |= {"paste": False} if "no_paste" in wish else {}
     if "refiner" in wish:
+        from ldm.checkpoints.places import INDEX, find_model
         from ldm.io.folders import folder_hash
-        from ldm.loading import find_model, load
+        from ldm.loading import load
 
         kept = "cpu" if pipe.where is not None else pipe.device
-        dtypes = {"rest": pipe.dtype, "vae": pipe.vae.dtype}
-        given.refiner = load(wish["refiner"], dtypes, kept, allow_pickle=allow_pickle)
+        dtypes, variant = {"rest": pipe.dtype, "vae": pipe.vae.dtype}, variant_of_others(reading)
+        place = find_model(wish["refiner"], INDEX, variant, allow_pickle)
+        given.refiner = load(place, dtypes, kept, variant, allow_pickle=allow_pickle)
         save_memory(given.refiner, memory or {}, pipe.device)
-        given.hashes["refiner"] = folder_hash(find_model(wish["refiner"]))
+        given.hashes["refiner"] = folder_hash(place)
         given.ensemble(pipe)  # refused now, if they don't go together
     given.led = [open_control(each, wish, pipe, model, allow_pickle) for each in wish.get("control", ())]
     if given.led and memory:  # anew, with the nets beside the UNet
         save_memory(pipe, memory, pipe.device, [each.net for each in given.led])
     return given
+
+
+def variant_of_others(reading: dict | None) -> str | None:
+    """The variant in which a refiner is read: the model's, but for the averaged weights of a single file."""
+    variant = (reading or {}).get("variant")
+    return None if variant == "ema" else variant
 
 
 def sized(given: Given, pipe: "Pipeline", options: dict) -> dict:
@@ -191,24 +200,25 @@ class Led:
 
 def open_control(wish: dict, all_wishes: dict, pipe: "Pipeline", model: str, allow_pickle: bool = False) -> Led:
     """The ControlNet and the picture of one --control. Raises LDMError for an unknown kind, net or picture."""
-    from ldm.checkpoints.places import embedded
+    from ldm.checkpoints.places import CONFIG, embedded, find_model
     from ldm.conditions import check_kind
     from ldm.io.folders import folder_hash
-    from ldm.loading import find_model, load_controlnet
+    from ldm.loading import load_controlnet
 
     kind, net = kind_of(wish["kind"]), wish["net"]
     if kind is not None:
         check_kind(kind)
     if net is None:
         net = f"{Path(model).name}-{kind}"
-        if kind is None or net not in embedded("config.json"):
+        if kind is None or net not in embedded(CONFIG):
             raise LDMError(
                 f"No ControlNet for {wish['kind']!r} travels with this model: name one, "
                 f"--control {wish['kind']}@FOLDER:{wish['picture']}."
             )
-    loaded = load_controlnet(net, pipe, allow_pickle=allow_pickle)
+    place = find_model(net, CONFIG, None, allow_pickle)
+    loaded = load_controlnet(place, pipe, allow_pickle=allow_pickle)
     picture, finished = source_of(wish["kind"], wish["picture"], all_wishes.get("estimator"))
-    net_hash = folder_hash(find_model(net, "config.json"))
+    net_hash = folder_hash(place)
     return Led(wish, loaded, net_hash, picture, finished, all_wishes.get("guess", False))
 
 

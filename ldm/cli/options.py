@@ -130,11 +130,16 @@ def name_or_numbers(text: str) -> str | list[float]:
 SEED = whole(0, 2**63 - 1)  # what torch takes, with room for the seeds after it
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="scenes", help="an embedded model's name, a folder in diffusers' format, a single file "
-        "(.safetensors, .ckpt), or a name of the hub, org/name, which is fetched unless it is here (default: scenes)",
+        "(.safetensors, .ckpt), or a name of the hub: org/name, or one of those that `ldm fetch` lists (default: "
+        "scenes)",
     )  # fmt: skip
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
     add_device(parser)
     parser.add_argument(
         "--dtype", default="float32", type=dtypes, metavar="DTYPE[,PART=DTYPE...]",
@@ -268,10 +273,11 @@ def open_model(
     where, wish, reading = find_device(device), wish or {}, reading or {}
     if "offload" in wish and where.type == "cpu":
         raise LDMError("--offload brings to another device what is at work, and the CPU has all of it: say --device.")
-    model_hash = Background(folder_hash, find_model(name, INDEX, reading.get("variant"), "allow_pickle" in reading))
+    place = find_model(name, INDEX, reading.get("variant"), "allow_pickle" in reading)
+    model_hash = Background(folder_hash, place)
     found = dtypes_of(dtype)
     kept = "cpu" if "offload" in wish else where
-    pipe = load(name, found if len(found) > 1 else found["rest"], kept, **reading)
+    pipe = load(place, found if len(found) > 1 else found["rest"], kept, **reading)
     if wish:
         save_memory(pipe, wish, where)
     return pipe, model_hash.result

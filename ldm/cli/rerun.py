@@ -78,15 +78,17 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
     memory = said(args, MEMORY) | ({} if old["autocast"] is None else {"autocast": old["autocast"]})
     wish = wishes.read_words(old["pictures"], args.picture)
     try:
-        for name in wishes.models(wish) if args.model else [old["model"], *wishes.models(wish)]:
-            check_here(name, reading.get("variant"))
+        if not args.model:
+            check_here(old["model"], reading.get("variant"), args.allow_pickle)
+        for name, variant in wishes.models(wish, given.variant_of_others(reading)).items():
+            check_here(name, variant, args.allow_pickle)
         device = args.device or device_of(old)
         pipe, model_hash = open_model(args.model or old["model"], old["dtype"], device, memory, reading)
     except LDMError as error:
         hint = "" if args.model else f" (The picture names the model {old['model']!r}; --model says where it is now.)"
         raise LDMError(f"{error}{hint}") from error
     options = {name: old[name] for name in ("seed", *SETTINGS) if name != "steps_are"}  # the steps are in total here
-    opened = given.open_given(wish, pipe, args.model or old["model"], memory, args.allow_pickle)
+    opened = given.open_given(wish, pipe, args.model or old["model"], memory, reading)
     opened.lead(old["width"], old["height"])
     now = opened.record()
     for name in {**now, **old["given"]}:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.options import LEVELS, add_levels, said, whole
+from ldm.cli.options import LEVELS, add_levels, add_model, allow_pickle, said, whole
 from ldm.errors import LDMError
 from ldm.io.atomic import check_writable
 from ldm.io.png import read_settings, save_png
@@ -31,9 +31,8 @@ A row is x = alpha * picture + sigma * noise. Reads only the model's scheduler f
 def add(commands: "argparse._SubParsersAction") -> None:
     p = commands.add_parser("schedule", help="print or plot the levels of noise of a run", description=HELP)
     p.set_defaults(run=run, parser=p)
-    p.add_argument(
-        "--model", default="scenes", help="an embedded model's name, or a folder in diffusers' format (default: scenes)"
-    )
+    add_model(p)
+    allow_pickle(p)
     p.add_argument("--plot", metavar="PNG", help="draw the levels instead of printing them (needs matplotlib)")
     levels = p.add_argument_group("the levels (what is left out is as the model's folder says)")
     add_levels(levels)
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from ldm.loading import find_schedule
     from ldm.settings import choose_levels
 
-    config, defaults = find_schedule(args.model)
+    config, defaults = find_schedule(args.model, args.allow_pickle)
     levels = choose_levels(config, defaults, **said(args, LEVELS))
     schedule = levels.schedule(config, args.tokens)
     title = headline(levels)

@@ -155,10 +155,10 @@ def read_words(told: list[str], where: str) -> dict:
     return wishes(args)
 
 
-def models(wish: dict) -> list[str]:
-    """The models that a command names beside the one that draws: ControlNets, a refiner."""
-    nets = [each["net"] for each in wish.get("control", ()) if each["net"] is not None]
-    return nets + ([wish["refiner"]] if "refiner" in wish else [])
+def models(wish: dict, variant: str | None) -> dict[str, str | None]:
+    """The models that a command names beside the one that draws: ControlNets, and a refiner, which is of a variant."""
+    nets = {each["net"]: None for each in wish.get("control", ()) if each["net"] is not None}
+    return nets | ({wish["refiner"]: variant} if "refiner" in wish else {})
 
 
 def files(wish: dict) -> list[Path]:
