@@ -26,6 +26,18 @@ def building(what: str) -> Iterator[None]:
         raise LDMError(f"The configuration of {what} makes no network ({why}): take the model's own file.") from error
 
 
+def check_class(said: Any, known: tuple[str, ...], what: str) -> None:
+    """Refuse the configuration of another network, by the class that it names; it may name none.
+
+    Much of it could be read as ours: the fields of networks for video or with other attention are named alike.
+    """
+    if said is not None and said not in known:
+        raise LDMError(
+            f"The configuration of {what} names the class {_shown(said)}, and ldm reads {' or '.join(known)} there: "
+            "take the model's own file."
+        )
+
+
 def levels_of(fields: dict[str, Any], default: tuple) -> int:
     """How many levels a network's JSON lists. Raises LDMError where it lists none, or too many to be one."""
     widths = fields.get("block_out_channels", default)

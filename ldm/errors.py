@@ -26,6 +26,15 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def bytes_in_words(size: float) -> str:
+    """In the units that shops and the hub count in: 4.3 GB."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A helpful end for the sentence about an unknown name: " Did you mean 'ddim'?", or nothing."""
     word = word[:100]  # of a stranger's million letters the comparison would take minutes

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import safetensors.torch
 import torch
+from fuzz_inputs import costly
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -28,7 +29,7 @@ from ldm.io.folders import read_json
 from ldm.models.controlnet import ControlNetConfig
 
 MARKER = "executed"  # what hostile code would write
-UNET = "unet/diffusion_pytorch_model.safetensors"
+UNET, UNET_2D = "unet/diffusion_pytorch_model.safetensors", "UNet2DConditionModel"
 
 
 class Case(NamedTuple):
@@ -91,6 +92,11 @@ def many(count: int) -> bytes:
     return container("{" + ",".join(f'"{i}":{entry(shape="[0]", offsets="[0,0]")}' for i in range(count)) + "}")
 
 
+def counted(count: int) -> str:
+    """A table of that many names, and the last one again."""
+    return "{" + ",".join(f'"{i}":0' for i in [*range(count), count - 1]) + "}"
+
+
 def tar() -> bytes:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
@@ -125,6 +131,7 @@ SAFETENSORS = [
     Case("header not UTF-8", put(container(b'{"\xff":1}')), CORRUPT.replace(".*", "its header is not UTF-8 .*")),
     Case("NaN in the header", put(one(shape="[NaN]")), CORRUPT.replace(".*", ".*NaN is not a JSON number.*")),
     Case("one name twice", put(container(f'{{"a":{entry()},"a":{entry()}}}', bytes(4))), "the name 'a' stands twice"),
+    Case("one of 200,000 names twice", put(container(counted(200_000))), "the name '199999' stands twice"),
     Case("one field twice", put(one(more=',"shape":[1]')), "the name 'shape' stands twice"),
     Case("one field more", put(one(more=',"code":"import os"')), "'a' has no dtype, .* or more than these"),
     Case("negative shape", put(one(shape="[-1]")), "the shape or the offsets of 'a' are no whole numbers"),
@@ -267,6 +274,14 @@ def laid(shape: tuple = (4,), stride: tuple = (1,), offset: int = 0, **of: objec
     return program(b"}", text("a"), tensor(storage(**of), number(offset), row(*shape), row(*stride)), b"s")
 
 
+def untyped(folder: Path) -> None:
+    """A storage that says no type, of a size that fits none."""
+    of = b"(" + text("storage") + name("torch.storage", "UntypedStorage") + text("0") + text("cpu") + number(7) + b"tQ"
+    rest = number(0) + row(1) + row(1) + b"\x89" + name("collections", "OrderedDict") + b")R" + name("torch", "float32")
+    steps = b"}" + text("a") + name("torch._utils", "_rebuild_tensor_v3") + b"(" + of + rest + b"tRs"
+    archived({"x/data.pkl": b"\x80\x02" + steps + b".", "x/data/0": bytes(7)})(folder)
+
+
 def nested(levels: int) -> dict:
     return {"state_dict": nested(levels - 1)} if levels else {"a": torch.ones(1)}
 
@@ -299,6 +314,25 @@ def raw(folder: Path, place: str = BIN) -> None:
     (folder / place).write_bytes(pickle.dumps({"a": touch(folder)}))
 
 
+def dear(which: str, n: int, times: int) -> Callable[[Path], None]:
+    """A small program that makes much work: as much as is refused (`fuzz.py` lets it make hours of it)."""
+    return lambda folder: ((folder / UNET).unlink(), (folder / BIN).write_bytes(costly(which, n, times))) and None
+
+
+def full_of_holes(folder: Path) -> None:
+    """A pickle of 3 GB, none of which is on the disk."""
+    archived({"x/data.pkl": b""})(folder)
+    whole = (folder / BIN).read_bytes()
+    end = whole.index(b"PK\1\2")
+    length = struct.pack("<II", 3 << 30, 3 << 30)
+    local, central, tail = whole[:end], whole[end:-22], whole[-22:]
+    with open(folder / BIN, "wb") as file:
+        file.write(local[:18] + length + local[26:])
+        file.seek(end + (3 << 30))
+        file.write(central[:20] + length + central[28:] + tail[:16] + struct.pack("<I", end + (3 << 30)) + tail[20:])
+
+
+WORK = "a pickle of more than 500000 steps, or of steps that make as much work: do not trust"
 NOT_SOUND = r"diffusion_pytorch_model\.bin is no sound checkpoint( of torch)? \(.*\): "
 CALLS = r"diffusion_pytorch_model\.bin asks to call '{}', which is no part of weights; nothing was run"
 WHOLE = {"x/data.pkl": b"\x80\x02}.", "x/byteorder": b"little"}
@@ -412,7 +446,23 @@ PICKLES = [
     ),
     Case("a key of tuples in tuples", program(b"}", b")" + b"\x85" * 450_000, b"Ns"), "damaged pickle"),
     Case("a key twice", program(b"}", text("a"), b"Ns", text("a"), b"Ns"), "damaged pickle.*a key stands twice"),
-    Case("more than half a million steps", program(b"N0" * 300_000), "more than 500000 steps"),
+    Case("more than half a million steps", program(b"N0" * 300_000), WORK),
+    Case("20 tables of 50,000 pairs", dear("tables of many pairs", 50_000, 20), WORK),
+    Case("30 objects of a name of 9 MB", dear("an object of a long name", 9_000_000, 30), "damaged pickle.*a name"),
+    Case("a text of 10 MB as a size", dear("a size that is a text", 1_000_000, 5), "damaged pickle.*a list is none"),
+    Case("25 sizes of 100,000 numbers", dear("a size of many numbers", 100_000, 25), WORK),
+    Case(
+        "a size that is no number", program(name("torch", "Size"), b"N\x85\x85R"), "damaged pickle.*a size is no whole"
+    ),
+    Case("a key of 100,000 items, 50 times", dear("a key of many items", 100_000, 50), "damaged pickle.*up to 8"),
+    Case("a key of texts of megabytes", dear("a key of long texts", 3_000_000, 50), "damaged.*more than 1000 letters"),
+    Case("50,000 numbers as keys, which may collide", dear("numbers as keys", 50_000, 1), WORK),
+    Case("100,000 arguments, 25 times", dear("many arguments", 100_000, 25), WORK),
+    Case("100,000 sizes, 12 times", dear("many sizes", 100_000, 12), WORK),
+    Case("a storage of a name of megabytes", dear("a storage of a long name", 3_000_000, 50), "storage is described"),
+    Case("a name of megabytes in many tables", dear("names of many tables", 10_000_000, 50), "names of more than 500"),
+    Case("a pickle of 3 GB of holes", full_of_holes, "a pickle of 3221225472 bytes, more than 20000000"),
+    Case("seven bytes as float32", untyped, "'a' are 7 bytes, no whole count of F32"),
     Case("nothing on the stack", program(b"R"), "damaged pickle.*its stack is empty"),
     Case("no end", archived(WHOLE | {"x/data.pkl": b"\x80\x02}"}), "damaged pickle"),
     Case("a number of 20 MB", program(b"\x8b", struct.pack("<i", 2**24), bytes(100)), "damaged pickle"),
@@ -482,6 +532,7 @@ def also(place: str, content: object) -> Callable[[Path], None]:
 INDEX, CONFIG, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 VOCAB, MERGES, TOKENS = "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json"
 PLAIN = r"names the shard .*, which is not a plain file name: do not trust this model"
+CLASS = r"The configuration of {} names the class {}, and ldm reads {} there: take the model's own file"
 KIND = r"The configuration of {} has '{}' = .*, which is of the wrong kind or size"
 JSONS = [
     Case("a shard outside", sharded({"a": "../../evil.safetensors"}), PLAIN),
@@ -529,6 +580,37 @@ JSONS = [
         "a VAE's configuration for the UNet",
         lambda f: put((f / "vae/config.json").read_bytes(), CONFIG)(f),
         "The configuration of the UNet",
+    ),
+    *(
+        Case(
+            f"the UNet says that it is a {cls}",
+            fields(CONFIG, _class_name=cls),
+            CLASS.format("the UNet", repr(cls), UNET_2D),
+        )
+        for cls in ("AutoencoderKL", "UNet3DConditionModel", "FluxTransformer2DModel", 5)
+    ),
+    Case(
+        "the VAE says that it is a small one",
+        fields("vae/config.json", _class_name="AutoencoderTiny"),
+        CLASS.format("the VAE", "'AutoencoderTiny'", "AutoencoderKL"),
+    ),
+    *(
+        Case(
+            f"the text encoder says that it is a {said}",
+            fields("text_encoder/config.json", architectures=said),
+            CLASS.format("the text encoder", ".*", "CLIPTextModel or CLIPTextModelWithProjection or CLIPModel"),
+        )
+        for said in (["T5EncoderModel"], {"a": 1}, "T5", ["CLIPTextModel", "CLIPTextModel"])
+    ),
+    *(
+        Case(
+            f"a noise level of {said!r}", fields(INDEX, max_noise_level=said), "max_noise_level .*a whole number from 0"
+        )
+        for said in ("abc", {"a": 1}, 1.5, True, -5, None)
+    ),
+    *(
+        Case(f"an empty prompt of {said!r}", fields(INDEX, force_zeros_for_empty_prompt=said), "it is true or false")
+        for said in (1, "yes", None)
     ),
     Case("the UNet's configuration is gone", special(lambda p: None, CONFIG), "config.json does not exist"),
     Case("the UNet's configuration is a pipe", special(os.mkfifo, CONFIG), "is no ordinary file"),
@@ -716,6 +798,11 @@ SINGLE = [
     Case("single: code", single(saved_pickle(touch), "a.ckpt"), r"this one asks for '(posix|nt)\.system'"),
     Case("single: code in capitals", single(saved_pickle(touch), "a.SAFETENSORS"), "is a pickle, a program"),
     Case("single: nothing known", single(one(), "a.safetensors"), r"a\.safetensors"),
+    Case(
+        "single: a name of two texts of 4 MB, 50 times",
+        single(costly("a name of two long texts", 4_000_000, 50), "a.ckpt"),
+        r"this one asks for 'k{80}'\), and is not read",
+    ),
     Case("single: the name of no file", lambda f: f.parent / "gone.safetensors", r"no model '.*gone\.safetensors'"),
 ]
 SINGLE_PICKLES = [
@@ -742,6 +829,11 @@ CONTROLNETS = [
     Case("a ControlNet without weights", net(), "has no diffusion_pytorch_model.safetensors"),
     Case(
         "a ControlNet whose widths don't divide", net(norm_num_groups=7), "the ControlNet makes no network .*divisible"
+    ),
+    Case(
+        "a ControlNet says that it is a UNet",
+        net(_class_name=UNET_2D),
+        CLASS.format("the ControlNet", repr(UNET_2D), "ControlNetModel"),
     ),
     Case("a ControlNet for other levels", net(block_out_channels=[8, 24]), "was made for another base"),
     Case(

@@ -189,8 +189,8 @@ def as_checkpoint(rng: Rng, content: bytes) -> bytes:
     """torch's zip: bits of the archive, or a spoiled program in a sound archive."""
     if rng.random() < 0.35:
         return blind(rng, content)
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(io.BytesIO(content)) as source:
+        records = {name: source.read(name) for name in source.namelist()}
     way = rng.randrange(10)
     name = rng.choice(list(records))
     if way == 0:
@@ -200,11 +200,90 @@ def as_checkpoint(rng: Rng, content: bytes) -> bytes:
     program = next((each for each in records if each.endswith("data.pkl")), None)
     if way > 1 and program:
         records[program] = spoil_program(rng, records[program])
+    spoiled = archive(records, zipfile.ZIP_DEFLATED if rng.random() < 0.03 else zipfile.ZIP_STORED)
+    return blind(rng, spoiled) if rng.random() < 0.1 else spoiled
+
+
+def archive(records: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if rng.random() < 0.03 else zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(file, "w", method) as target:
         for name, record in records.items():
-            archive.writestr(zipfile.ZipInfo(name), record, archive.compression)  # of 1980: no time stands in it
-    return blind(rng, file.getvalue()) if rng.random() < 0.1 else file.getvalue()
+            target.writestr(zipfile.ZipInfo(name), record, method)  # of 1980: no time stands in it
+    return file.getvalue()
+
+
+# Programs that are small, sound and dear: what is long is made once, and asked for again and again. n: how long it is.
+def text(letters: int) -> bytes:
+    return b"X" + struct.pack("<I", letters) + b"k" * letters
+
+
+def whole(number: int) -> bytes:
+    return b"J" + struct.pack("<i", number)
+
+
+def named(name: bytes) -> bytes:
+    return b"c%s\nq\x00" % name.replace(b" ", b"\n")
+
+
+def rows(item: bytes, n: int) -> bytes:
+    return b"(" + item * n + b"tq\x01"
+
+
+SHAPE = b"(h\x02K\x00h\x01h\x01\x89NtR"
+STORED = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n%sX\x03\x00\x00\x00cpuK\x04tQ"
+COSTLY: dict[str, Callable[[int, int], bytes]] = {
+    "tables of many pairs": lambda n, times: (
+        named(b"collections OrderedDict") + b"]("
+        + b"".join(b"X\x06\x00\x00\x00%06dN\x86" % i for i in range(n)) + b"e\x85q\x01" + b"h\x00h\x01R0" * times
+    ),
+    "an object of a long name": lambda n, times: (
+        b"X\x09\x00\x00\x00omegaconf" + text(n) + b"\x93q\x00" + b"h\x00)R" * times
+    ),
+    "a size that is a text": lambda n, times: named(b"torch Size") + text(n) + b"\x85q\x01" + b"h\x00h\x01R" * times,
+    "a size of many numbers": lambda n, times: (
+        named(b"torch Size") + rows(b"K\x01", n) + b"h\x01\x85q\x01" + b"h\x00h\x01R" * times
+    ),
+    "a key of many items": lambda n, times: rows(b"N", n) + b"}h\x01Ns0" * times,
+    "a key of long texts": lambda n, times: text(n) + b"q\x00h\x00\x86q\x01" + b"}h\x01Ns0" * times,
+    "numbers as keys": lambda n, times: b"}(" + b"".join(whole(i) + b"N" for i in range(n)) + b"u",
+    "many arguments": lambda n, times: (
+        named(b"argparse Namespace") + rows(b"h\x00", n) + b"h\x00h\x01R" * times
+    ),
+    "many sizes": lambda n, times: (
+        STORED % b"X\x01\x00\x00\x000" + b"q\x02" + named(b"torch._utils _rebuild_tensor_v2") + rows(b"K\x01", n)
+        + (b"h\x00" + SHAPE) * times
+    ),
+    "a storage of a long name": lambda n, times: text(n) + b"q\x00" + STORED % b"h\x00" * times,
+    "a name of two long texts": lambda n, times: text(n) + text(n) + b"q\x00" + b"\x93h\x00h\x00" * times,
+    "names of many tables": lambda n, times: (
+        text(n) + b"q\x00}h\x00Nsq\x01}(" + b"".join(b"X\x06\x00\x00\x00%06dh\x01" % i for i in range(times)) + b"u."
+    ),
+}  # fmt: skip
+
+
+def costly(which: str, n: int, times: int) -> bytes:
+    """A checkpoint of one such program."""
+    return archive({"x/data.pkl": b"\x80\x02" + COSTLY[which](n, times) + b"}."})
+
+
+def as_costly(rng: Rng, _: bytes) -> bytes:
+    """Of any size, up to some megabytes."""
+    which = rng.choice(list(COSTLY))
+    n = int(10 ** rng.uniform(0, 6.5 if "long" in which else 5))
+    return costly(which, n, int(10 ** rng.uniform(0, 4.5)))
+
+
+def as_costly_text(rng: Rng, _: bytes) -> bytes:
+    """The same of JSON: as a header, and alone."""
+    n = int(10 ** rng.uniform(0, 5.3))
+    names = [f'"{i}":0' for i in range(n)]
+    start, end, inner = rng.choice((
+        ("{", "}", ",".join(names)), ("{", "}", ",".join([*names, names[-1]])), ("", "", "[" * n),
+        ('{"a":[', "]}", ",".join(["1e1"] * n)), ('{"a":', "}", "1" * n), ('{"a":"', '"}', "\\u0041" * n),
+        ('{"a":[', "]}", ",".join(["{}"] * n)),
+    ))  # fmt: skip
+    say = start + inner + end
+    return struct.pack("<Q", len(say)) + say.encode() if rng.random() < 0.7 else say.encode()
 
 
 def as_any_weights(rng: Rng, content: bytes) -> bytes:

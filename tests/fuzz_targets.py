@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import io
 import json
 import random
@@ -76,6 +77,8 @@ def weight_files(model: Path, scratch: Path) -> dict[str, Target]:
     return {
         "safetensors": Target(scratch / "w", plain, spoil.as_safetensors, read_weights, 24),
         "pickle": Target(scratch / "p", pickles, spoil.as_checkpoint, read_weights, 24),
+        "costly": Target(scratch / "c", [pickles[0]], spoil.as_costly, read_either_way, 2),
+        "costly_text": Target(scratch / "t", plain, spoil.as_costly_text, read_both, 2),
         "single": Target(scratch / "single", [alone], spoil.as_own, read_single, 4),
         "inspect": Target(scratch / "seen", [alone, *pickles], spoil.as_any_weights, look_at, 3),
         "controlnet": Target(
@@ -122,6 +125,20 @@ def read_weights(paths: Any) -> None:
     files = WeightFiles(paths, allow_pickle=True)
     for name in files.entries:
         files.read(name).clone()
+
+
+def read_either_way(path: Path) -> None:
+    """A pickle, not allowed and allowed."""
+    with contextlib.suppress(LDMError):
+        WeightFiles(path)
+    read_weights(path)
+
+
+def read_both(path: Path) -> None:
+    """A text as a header and as JSON."""
+    with contextlib.suppress(LDMError):
+        read_json(path)
+    read_weights(path)
 
 
 def read_single(path: Path) -> None:

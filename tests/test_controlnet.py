@@ -1008,7 +1008,9 @@ def test_what_is_no_controlnet_folder_gets_a_sentence(models, tmp_path):
     pipe = models.ours("sd1")
     with pytest.raises(LDMError, match=r"is a whole model, not a ControlNet: ldm\.load reads it"):
         ldm.load_controlnet(models.folder("sd1"), pipe)
-    with pytest.raises(LDMError, match="of the ControlNet has a field that ldm doesn't know: 'out_channels' = 4"):
+    with pytest.raises(
+        LDMError, match="of the ControlNet names the class 'UNet2DConditionModel', and ldm reads ControlNetModel there"
+    ):
         ldm.load_controlnet(models.folder("sd1") / "unet", pipe)
     with pytest.raises(LDMError, match="There is no model"):
         ldm.load_controlnet(tmp_path / "nowhere", pipe)

@@ -1,6 +1,7 @@
 """`ldm convert`: there and back with the same bits, the same pictures from both, and nothing lost without a word."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,9 +16,10 @@ from transformers import DPTConfig, DPTForDepthEstimation
 import ldm
 from ldm.checkpoints import architectures, names, recognise, vocabulary
 from ldm.checkpoints.architectures import TINY_REFINER, TINY_SD15, TINY_SD21, TINY_SDXL, Architecture
+from ldm.checkpoints.prediction import answer
 from ldm.cli import convert as convert_command
 from ldm.cli import main
-from ldm.convert import convert, described, open_source, scaled, writing
+from ldm.convert import convert, described, open_source, writing
 from ldm.convert.described import metadata, model_index, own_defaults, published, scheduler_fields, title_of
 from ldm.errors import LDMError
 from ldm.io.folders import read_json, write_json
@@ -246,6 +248,102 @@ def test_a_pickle_with_averages_and_tables(published_tiny, tmp_path, capsys):
     assert all(torch.equal(again.read(name), tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("part, variant", [("vae", None), ("unet", None), ("unet", "ema")])
+def test_a_part_needs_no_vocabulary(published_tiny, tmp_path, capsys, part, variant):
+    """The vocabulary of these is nowhere: of the whole model it would be asked for."""
+    tensors = original(TINY_SD15, seed=1)
+    unet = {name: tensor for name, tensor in tensors.items() if name.startswith(names.UNET)}
+    averages = {names.averaged(names.Origin(name)).name: tensor + 1 for name, tensor in unet.items()}
+    file = tmp_path / "model.safetensors"
+    save_weights(tensors | averages, file)
+    with pytest.raises(LDMError, match="tokenizer"):
+        convert(file, tmp_path / "never")
+    capsys.readouterr()
+    convert(file, tmp_path / part, part=part, variant=variant)
+    assert ("averages are taken instead" in capsys.readouterr().err) == (variant == "ema")
+    made = open_source(tmp_path / part)
+    assert made.configs == {part: recognise.CONFIGS[part].from_json(TINY_SD15.parts[part])}
+    prefix = {"vae": "first_stage_model.", "unet": names.UNET}[part]
+    kept = names.origins(part, made.configs[part], prefix)
+    for key, origin in kept.items():
+        assert torch.equal(made.weights[part].read(key), origin.take(tensors[origin.name]) + (variant == "ema")), key
+    with pytest.raises(LDMError, match=f"a {part} alone has no prediction_type"):
+        convert(file, tmp_path / "never", part=part, prediction_type="epsilon")
+
+
+def test_a_part_of_a_file_and_its_variant(published_tiny, tmp_path, capsys):
+    save_weights(original(TINY_SD15), tmp_path / "model.safetensors")
+    for part, variant, words in (("unet", "ema", "holds no moving averages"), ("controlnet", None, "no controlnet in")):
+        with pytest.raises(LDMError, match=words):
+            convert(tmp_path / "model.safetensors", tmp_path / "never", part=part, variant=variant)
+    convert(tmp_path / "model.safetensors", tmp_path / "vae", part="vae", variant="ema")
+    assert "one set of weights of a vae, and 'ema' is passed over" in capsys.readouterr().err
+
+
+def test_a_part_has_the_configuration_of_what_its_model_predicts(models, monkeypatch, tmp_path):
+    """Of two published models of the same shapes, which draw pictures of two sizes."""
+    big, small = replace(TINY_SD21, name="big"), replace(
+        TINY_SD21,
+        name="small",
+        parts=TINY_SD21.parts | {"unet": TINY_SD21.parts["unet"] | {"sample_size": 5}},
+        scheduler=TINY_SD21.scheduler | {"prediction_type": "epsilon"},
+    )  # fmt: skip
+    assert big.scheduler["prediction_type"] == "v_prediction" and big.parts["unet"]["sample_size"] != 5
+    monkeypatch.setattr(recognise, "PUBLISHED", (big, small))
+    for said, size in (("v", big.parts["unet"]["sample_size"]), ("epsilon", 5)):
+        file = tmp_path / f"{said}.safetensors"
+        save_weights(original(TINY_SD21), file, metadata={"modelspec.prediction_type": said})
+        assert open_source(file, part="unet").configs["unet"].sample_size == size
+
+
+def test_pickles_of_the_hub_are_asked_for_only_if_allowed(models, tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(name, variant, allow_pickle):
+        asked.append((name, variant, allow_pickle))
+        return models.folder("sd1")
+
+    monkeypatch.setattr("ldm.hub.fetch", fetch)
+    convert("org/name", tmp_path / "one", part="vae")
+    convert("org/name", tmp_path / "two", part="vae", variant="fp16", allow_pickle=True)
+    assert asked == [("org/name", None, False), ("org/name", "fp16", True)]
+
+
+@pytest.mark.parametrize(
+    "kind, held",
+    [
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (None, torch.bfloat16),
+    ],
+)
+def test_what_is_tried_out_takes_no_more_room_than_its_file(published_tiny, monkeypatch, tmp_path, kind, held):
+    """`None`: nearly all in float16, and the last layer in float32, as some programs mix them."""
+    seen = []
+    monkeypatch.setattr("ldm.loading.measure", lambda unet: seen.append(unet) or ("epsilon", 0.9))
+    write_tokenizer(tmp_path / "model.tokenizer", "!")
+    tensors = original(TINY_SD21)
+    mixed = {name: tensor if ".out.2." in name else tensor.half() for name, tensor in tensors.items()}
+    save_weights(mixed if kind is None else tensors, tmp_path / "model.safetensors", kind)
+    open_source(tmp_path / "model.safetensors")
+    ((unet,), first) = seen, tensors["model.diffusion_model.input_blocks.0.0.weight"]
+    assert {tensor.dtype for tensor in unet.state_dict().values()} == {held}
+    kept = first.half() if kind in (None, torch.float16) else first.to(kind)
+    assert torch.equal(unet.conv_in.weight, kept.to(held))
+    seen.clear()
+    open_source(tmp_path / "model.safetensors", prediction_type="epsilon")
+    assert not seen
+
+
+@scenes
+def test_a_network_answers_in_half_precision_as_in_float32():
+    """What decides, the correlation with the noise, is the same to a hundredth."""
+    unet = ldm.load("scenes").unet
+    whole, half = answer(unet), answer(unet.to(torch.bfloat16))
+    assert abs(whole - half) < 0.01 and abs(whole) > 0.01
+
+
 @pytest.mark.parametrize("shown, other", [("epsilon", "v_prediction"), ("v_prediction", "epsilon")])
 def test_prediction_type_is_tried_out_or_asked(published_tiny, monkeypatch, tmp_path, capsys, shown, other):
     write_tokenizer(tmp_path / "model.tokenizer", "!")
@@ -264,12 +362,38 @@ def test_a_vae_that_says_nothing_of_its_scale(published_tiny, tmp_path):
     save_weights(original(TINY_SD15, parts=["vae"]), tmp_path / "vae.safetensors")
     with pytest.raises(LDMError, match=r"0.18215 .* or 0.13025 .*--scaling-factor"):
         convert(tmp_path / "vae.safetensors", tmp_path / "vae")
-    opened = open_source(tmp_path / "vae.safetensors", scaling_factor=0.13025)
-    writing.write(opened, tmp_path / "vae")
+    convert(tmp_path / "vae.safetensors", tmp_path / "vae", scaling_factor=0.13025)
     assert VAEConfig.from_json(read_json(tmp_path / "vae" / "config.json")).scaling_factor == 0.13025
-    assert scaled(VAEConfig(), (0.5,), None, tmp_path).scaling_factor == 0.5
-    with pytest.raises(LDMError, match="whole model, whose scaling factor is known"):
-        open_source(SCENES, scaling_factor=0.5)
+
+
+def test_a_scaling_factor_that_is_asked_for_counts_or_is_refused(models, tmp_path, capsys):
+    """Of a VAE alone in a folder, in a file that says another, and as a part of a model."""
+    folder = models.folder("sd1")
+    convert(folder, tmp_path / "vae.safetensors", part="vae")
+    for source, part in ((folder / "vae", None), (tmp_path / "vae.safetensors", None), (folder, "vae")):
+        capsys.readouterr()
+        assert open_source(source, part=part).configs["vae"].scaling_factor == 0.18215
+        assert open_source(source, part=part, scaling_factor=0.18215).configs["vae"].scaling_factor == 0.18215
+        assert "scaling factor" not in capsys.readouterr().err
+        changed = open_source(source, part=part, scaling_factor=0.5).configs["vae"]
+        assert changed == replace(open_source(source, part=part).configs["vae"], scaling_factor=0.5)
+        assert "its scaling factor is 0.18215, and 0.5 is taken as asked" in capsys.readouterr().err
+    controlnets(models, "sd1", seed=4)
+    net = models.root / "sd1-controlnet-4"
+    convert(net, tmp_path / "net.safetensors")
+    for source, part, words in (
+        (folder, None, "whole model, whose scaling factor is known"),
+        (folder, "unet", "a unet has no scaling factor"),
+        (folder / "unet", None, "a unet has no scaling factor"),
+        (net, None, "a controlnet has no scaling factor"),
+        (tmp_path / "net.safetensors", None, "a controlnet has no scaling factor"),
+    ):
+        with pytest.raises(LDMError, match=words):
+            convert(source, tmp_path / "never", part=part, scaling_factor=0.5)
+    for wrong in (0, -1.0, float("nan"), float("inf"), True, "0.5"):
+        with pytest.raises(LDMError, match="scaling_factor must be a number above 0"):
+            convert(folder, tmp_path / "never", part="vae", scaling_factor=wrong)
+    assert not (tmp_path / "never").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- descriptions
@@ -310,7 +434,7 @@ SPEC = {
     "sd15": "stable-diffusion-v1", "sd15-inpaint": "stable-diffusion-v1-inpainting", "sd15-edit": None,
     "sd21": "stable-diffusion-v2-768-v", "sd21-base": "stable-diffusion-v2-512", "sd2-inpaint": None,
     "sd2-depth": None, "x4-upscaler": None, "sdxl": "stable-diffusion-xl-v1-base", "sdxl-inpaint": None,
-    "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+    "sdxl-edit": None, "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
 }  # fmt: skip
 
 
@@ -344,6 +468,7 @@ def test_titles():
         "a/b.c/": "b.c",
         "models/v1-5.safetensors": "v1-5",
         "c:\\x\\old.ckpt": "old",
+        "control_v11p.pth": "control_v11p",
         "org/name@abc": "name",
         "/": "model",
     }.items():
@@ -441,7 +566,9 @@ def merges_hash(tokenizer):
 # ---------------------------------------------------------------------------------------------------- depth
 
 
-def test_a_depth_models_estimator_is_carried_into_folders(tasks, tmp_path, capsys):
+@pytest.fixture
+def depth(tasks, tmp_path):
+    """A depth model's folder with a tiny estimator."""
     folder = tmp_path / "depth"
     shutil.copytree(tasks.folder("depth"), folder)
     config = DPTConfig(
@@ -451,15 +578,28 @@ def test_a_depth_models_estimator_is_carried_into_folders(tasks, tmp_path, capsy
     DPTForDepthEstimation(config).save_pretrained(folder / "depth_estimator")
     (folder / "feature_extractor").mkdir()
     write_json(folder / "feature_extractor" / "preprocessor_config.json", {"image_processor_type": "DPTImageProcessor"})
-    named = {
-        "depth_estimator": ["transformers", "DPTForDepthEstimation"],
-        "feature_extractor": ["transformers", "DPTImageProcessor"],
-    }
-    write_json(folder / "model_index.json", read_json(folder / "model_index.json") | named)
+    write_json(folder / "model_index.json", read_json(folder / "model_index.json") | DPT)
+    return folder
+
+
+DPT = {
+    "depth_estimator": ["transformers", "DPTForDepthEstimation"],
+    "feature_extractor": ["transformers", "DPTImageProcessor"],
+}
+
+
+def test_a_depth_models_estimator_is_carried_into_folders(depth, tmp_path, capsys):
+    folder = depth
+    (folder / "depth_estimator" / "other.json").write_text("{}")
+    (folder / "depth_estimator" / "pytorch_model.bin").write_text("")
     capsys.readouterr()
     convert(folder, tmp_path / "half", dtype="float16")
     assert "depth_estimator" not in capsys.readouterr().err
-    assert named.items() <= read_json(tmp_path / "half" / "model_index.json").items()
+    assert {path.name for path in (tmp_path / "half" / "depth_estimator").iterdir()} == {
+        "config.json", "model.safetensors",
+    }  # fmt: skip
+    assert (tmp_path / "half" / "feature_extractor" / "preprocessor_config.json").is_file()
+    assert DPT.items() <= read_json(tmp_path / "half" / "model_index.json").items()
     kept = "depth_estimator/model.safetensors"
     assert (tmp_path / "half" / kept).read_bytes() == (folder / kept).read_bytes()
     convert(folder, tmp_path / "depth.safetensors")
@@ -468,6 +608,58 @@ def test_a_depth_models_estimator_is_carried_into_folders(tasks, tmp_path, capsy
     assert (
         "has no depth_estimator in safetensors: ldm takes the depth as a picture (--depth)" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("depth_estimator", ["evil_module", "DPTForDepthEstimation"]),
+        ("depth_estimator", ["transformers", "AutoModelForCausalLM"]),
+        ("feature_extractor", ["evil_module", "Evil"]),
+        ("feature_extractor", ["transformers", "DPTImageProcessor", "more"]),
+    ],
+)
+def test_no_strangers_class_is_named_to_diffusers(depth, tmp_path, capsys, name, said):
+    write_json(depth / "model_index.json", read_json(depth / "model_index.json") | {name: said})
+    convert(depth, tmp_path / "new")
+    assert f"its {name} is {said}, not transformers' DPT" in capsys.readouterr().err
+    index = read_json(tmp_path / "new" / "model_index.json")
+    assert index[name] == [None, None] and not (tmp_path / "new" / name).exists()
+    kept = "depth_estimator" if name == "feature_extractor" else "feature_extractor"
+    assert (index[kept] == DPT[kept]) == (kept == "depth_estimator") == (tmp_path / "new" / kept).exists()
+
+
+def test_an_estimator_is_copied_through_no_link_out_of_its_model(depth, tmp_path):
+    """But in the hub's cache, where all files are links to the repository's blobs."""
+    (tmp_path / "secret").write_text("{}")
+    for name in ("depth_estimator/config.json", "feature_extractor/preprocessor_config.json"):
+        kept = (depth / name).read_bytes()
+        for goal in (tmp_path / "secret", "../../secret"):
+            (depth / name).unlink()
+            os.symlink(goal, depth / name)
+            with pytest.raises(LDMError, match=rf"{name} is a link out of the model, to {tmp_path / 'secret'}"):
+                convert(depth, tmp_path / "new")
+            assert not (tmp_path / "new").exists()
+        (depth / name).unlink()
+        (depth / name).write_bytes(kept)
+    cached = tmp_path / "models--org--name" / "snapshots" / "1234"
+    shutil.copytree(depth, cached)
+    blobs = cached.parent.parent / "blobs"
+    blobs.mkdir()
+    file = cached / "depth_estimator" / "config.json"
+    file.rename(blobs / "5678")
+    os.symlink("../../../blobs/5678", file)
+    convert(cached, tmp_path / "new")
+    copy = tmp_path / "new" / "depth_estimator" / "config.json"
+    assert copy.read_bytes() == (blobs / "5678").read_bytes() and not copy.is_symlink()
+    other = cached.parent.rename(cached.parent.with_name("others")) / "1234"  # not as the hub's cache is laid out
+    with pytest.raises(LDMError, match="is a link out of the model"):
+        convert(other, tmp_path / "again")
+    other.parent.rename(cached.parent)
+    blobs.rename(tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", blobs)
+    with pytest.raises(LDMError, match="is a link out of the model"):
+        convert(cached, tmp_path / "again")
 
 
 # ---------------------------------------------------------------------------------------------------- what cannot be
@@ -500,9 +692,8 @@ def test_targets_that_cannot_be(models, tmp_path, empty):
         with pytest.raises(LDMError, match="holds something else than a model"):
             convert(folder, tmp_path / "else", overwrite=True)
         write_json(tmp_path / "else" / "config.json", {"theme": "dark"})
-    for place in (folder, folder.parent):
-        with pytest.raises(LDMError, match="holds what is to be converted, and would be replaced"):
-            convert(folder, place, overwrite=True)
+    with pytest.raises(LDMError, match="holds something else than a model"):
+        convert(folder, folder.parent, overwrite=True)
     assert (tmp_path / "there.safetensors").read_bytes() == b"x"
     convert(folder, empty, overwrite=True)
     convert(folder, empty, overwrite=True)  # a model's
@@ -518,6 +709,38 @@ def test_targets_that_cannot_be(models, tmp_path, empty):
         convert(folder, tmp_path / "there.safetensors", overwrite=True)
 
 
+def held(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_no_target_destroys_its_source(models, tmp_path):
+    folder, link = tmp_path / "model", tmp_path / "link"
+    shutil.copytree(models.folder("sd1"), folder)
+    convert(folder, tmp_path / "blob.safetensors", part="vae")
+    os.symlink(tmp_path / "blob.safetensors", folder / "vae.safetensors")
+    os.symlink(folder, link)
+    before = held(tmp_path)
+    holds, inside = "holds what is to be converted, and would be replaced", "lies inside of what is to be converted"
+    for source, target, words in (
+        (folder, folder, holds),
+        (link, folder, holds),
+        (folder, link, holds),
+        (folder / "vae", folder / "vae", holds),
+        (folder / "vae", folder, holds),
+        (folder / "vae.safetensors", folder, holds),  # the link would be lost
+        (folder, folder / "unet", inside),
+        (folder, link / "unet", inside),
+        (folder, folder / "new", inside),
+        (folder, folder / "unet" / "new.safetensors", inside),
+        (link, folder / "unet", inside),
+        (folder / "vae", folder / "vae" / "new", inside),
+    ):
+        with pytest.raises(LDMError, match=words):
+            convert(source, target, overwrite=True)
+        assert held(tmp_path) == before
+    convert(folder / "vae", folder / "new.safetensors")  # beside it is another place
+
+
 def test_sources_that_cannot_be(models, tmp_path, empty):
     folder = models.folder("sd1")
     (tmp_path / "adapter").mkdir()
@@ -527,7 +750,7 @@ def test_sources_that_cannot_be(models, tmp_path, empty):
         (empty, {}, "is no model's folder: it has neither model_index.json nor config.json"),
         (tmp_path / "adapter", {}, "holds a T2IAdapter, and ldm converts ControlNetModel"),
         (folder / "vae", {"part": "unet"}, "holds a AutoencoderKL, not a unet"),
-        (folder / "vae", {"prediction_type": "epsilon"}, "is a vae alone, which has no prediction_type"),
+        (folder / "vae", {"prediction_type": "epsilon"}, "a vae alone has no prediction_type: leave it out"),
         (folder, {"part": "vea"}, "There is no part 'vea' to convert: .* Did you mean 'vae'?"),
         (folder, {"part": "controlnet"}, "has no controlnet of its own"),
         (folder, {"prediction_type": "velocity"}, "There is no prediction_type 'velocity'"),
@@ -608,7 +831,7 @@ def test_all_or_nothing(models, tmp_path, monkeypatch, target):
         convert(models.folder("sd2"), tmp_path / target, overwrite=True)
     monkeypatch.setattr(writing, "save_weights", save_weights)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=900_000))
-    with pytest.raises(LDMError, match="GB are free there: free some space, or choose"):
+    with pytest.raises(LDMError, match=r"needs 961.9 kB, and 900.0 kB are free there: free some space, or choose"):
         convert(models.folder("sd2"), tmp_path / target, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     monkeypatch.setattr(
@@ -627,12 +850,12 @@ def test_the_command(models, tmp_path, capsys, monkeypatch):
     assert main(["convert", str(folder), "a model.safetensors"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [
-        "a model.safetensors: text_encoder, unet, vae, 1.0 MB",
-        "ldm generate \"a prompt\" --model 'a model.safetensors'",
+        "a model.safetensors: text_encoder, unet, vae, 961.9 kB",
+        "ldm generate \"a lighthouse at dusk\" --model 'a model.safetensors'",
     ]
     assert "a model.tokenizer: the tokenizer, which has no place in the file; keep the two together." in err
     assert main(["convert", "a model.safetensors", "half", "--dtype", "float16"]) == 0
-    assert capsys.readouterr().out.startswith("half: text_encoder, unet, vae, 0.5 MB\n")
+    assert capsys.readouterr().out.startswith("half: text_encoder, unet, vae, 480.9 kB\n")
     assert main(["convert", "half", "vae", "--part", "vae"]) == 0
     assert "ldm.load_vae('vae', pipe)" in capsys.readouterr().out
     assert main(["convert", "half", "u.safetensors", "--part", "unet"]) == 0
@@ -645,7 +868,9 @@ def test_the_command(models, tmp_path, capsys, monkeypatch):
     controlnets(models, "sd1", seed=4)
     capsys.readouterr()
     assert main(["convert", str(models.root / "sd1-controlnet-4"), "net.safetensors"]) == 0
-    assert "--control KIND@net.safetensors:PICTURE" in capsys.readouterr().out
+    assert "--control KIND@net.safetensors:photo.png" in capsys.readouterr().out
+    assert main(["convert", "half/vae", "v", "--scaling-factor", "0.5"]) == 0
+    assert read_json(tmp_path / "v" / "config.json")["scaling_factor"] == 0.5
     assert main(["convert", "half", "x", "--part", "vea"]) == 2
     assert (
         "--part must be controlnet or vae or unet, not 'vea'. Did you mean 'vae'?"

@@ -21,6 +21,7 @@ from hub_server import HALF_UNET, PLAIN_UNET, WANTED, HubServer, content, git, p
 from ldm.errors import STOPPED, LDMError
 from ldm.hub import client, download, zoo
 from ldm.hub import fetching as hub
+from ldm.io.folders import MOST_JSON_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -697,10 +698,30 @@ def test_the_command_fetches(server, capsys):
     assert not server.asked("safetensors") and "here:" not in shown
     run("org/name")
     shown = capsys.readouterr().out
-    assert f"org/name is here: {hub.local('org/name')}" in shown and "ldm generate --model org/name" in shown
+    assert f"org/name is here: {hub.local('org/name')}" in shown
+    assert shown.endswith("\nldm inspect org/name   # tells what is wrong with it\n")  # its files hold nothing real
     asked = len(server.requests)
     run("org/name")
     assert len(server.requests) == asked and "to fetch" not in capsys.readouterr().out
+
+
+def test_a_licence_moves_no_cursor(server, capsys):
+    """It is a tag that a stranger wrote."""
+    server.add("org/name", pipeline(), licence="mit\x1b]0;owned\x07\nldm: all is well")
+    run("org/name", "--dry-run")
+    shown = capsys.readouterr().out
+    assert r"licence: mit\x1b]0;owned\x07\nldm: all is well" in shown
+    assert all(char.isprintable() for char in shown.replace("\n", "")) and "\nldm:" not in shown
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/diffusion_pytorch_model.safetensors.index.json"])
+def test_no_giant_is_downloaded_to_be_read(server, name):
+    """`plan` reads some JSON before anybody has agreed to a size."""
+    files = pipeline(without=(PLAIN_UNET, HALF_UNET)) | {name: b" " * (MOST_JSON_BYTES + 1)}
+    server.add("org/name", files)
+    with pytest.raises(LDMError, match=rf"org/name lists {name} with 10.0 MB: it is no such file of a model"):
+        hub.plan("org/name")
+    assert name not in fetched(server)
 
 
 def test_the_command_lists_the_zoo(server, capsys):
@@ -731,3 +752,18 @@ def test_a_fetched_model_draws(server, tmp_path):
     one, other, again = (ldm.load(name)("a house", steps=2).images[0] for name in (model, "org/name", "org/name"))
     assert one.tobytes() == other.tobytes() == again.tobytes() and len({*one.getdata()}) > 10
     assert len(server.asked("/api/models/org")) == 1
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_the_command_says_how_to_draw(server, tmp_path, capsys, variant):
+    from tiny import tiny_model
+
+    (tmp_path / "tiny").mkdir()
+    model = tiny_model(tmp_path / "tiny")
+    if variant:
+        for file in model.rglob("*.safetensors"):
+            file.rename(file.with_suffix(".fp16.safetensors"))
+    server.add("org/name", {name: (model / name).read_bytes() for name in held(model)})
+    run("org/name", *(["--variant", variant] if variant else []))
+    more = f" --variant {variant}" if variant else ""
+    assert capsys.readouterr().out.endswith(f'\nldm generate "a lighthouse at dusk" --model org/name{more}\n')

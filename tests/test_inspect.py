@@ -22,10 +22,10 @@ from ldm.checkpoints import names, vocabulary
 from ldm.checkpoints.fit import CONFIGS
 from ldm.cli import inspect as command
 from ldm.cli.options import Parser
-from ldm.errors import LDMError
+from ldm.errors import LDMError, bytes_in_words
 from ldm.inspect import file as inspect_file
 from ldm.inspect import inspect
-from ldm.inspect.report import Report, as_json, bytes_in_words, page
+from ldm.inspect.report import Report, as_json, page
 from ldm.io import headers, weights, zips
 from ldm.io.png import save_png
 
@@ -246,7 +246,10 @@ def test_published_files_of_full_size(name, tmp_path, capsys):
     assert bytes_in_words(file.stat().st_size) in report.form
     if name != "controlnet-sd1":
         assert any("CLIP's vocabulary isn't on this machine" in line for line in report.warnings)
-    assert str(file) in report.use[0] and ("--mask mask.png" in report.use[0]) == (name == "sd1-inpainting")
+    first, *others = report.use  # what lacks is fetched first; a ControlNet needs none
+    assert first.startswith("ldm fetch clip-vocab ") == (name != "controlnet-sd1") == bool(others)
+    line = report.use[-1]
+    assert str(file) in line and ("--mask mask.png" in line) == (name == "sd1-inpainting")
 
 
 def test_a_file_beside_what_it_should_be(models, tmp_path):
@@ -327,7 +330,7 @@ def test_averages_tables_and_a_pickles_other_things(models, tmp_path):
     assert any("tables of the noise schedule" in line for line in report.passed_over)
     averaged = inspect(file, "ema")
     assert averaged.sound and all(each.name.startswith("model_ema.") for each in part_of(averaged, "unet").tensors)
-    assert "--variant ema" in averaged.use[0] and not any(part.missing for part in averaged.parts)
+    assert "--variant ema" in averaged.use[1] and not any(part.missing for part in averaged.parts)
     refused = inspect(sparse(tmp_path / "y.safetensors", keys), "ema")
     assert not refused.sound and "holds no moving averages" in refused.faults[0]
 
@@ -411,7 +414,7 @@ def test_parts_in_a_file_of_their_own(tmp_path):
     both = report("model.diffusion_model.", "first_stage_model.")
     assert "it lacks the text encoder; take" in both.warnings[0] and "load_vae(" in both.use[0]
     led = report("", **original_keys()["controlnet-sd1"])
-    assert led.sound and len(led.parts) == 4 and "--control KIND@" in led.use[1] and "--model" in led.use[0]
+    assert led.sound and len(led.parts) == 4 and "--control KIND@" in led.use[2] and "--model" in led.use[1]
 
 
 @scenes
@@ -440,8 +443,10 @@ def test_the_vocabulary_of_a_file(tmp_path, monkeypatch):
     report = inspect(file)
     told = f"{len(made)} pieces, of CLIP's vocabulary from there"
     assert report.facts["tokenizer"] == report.facts["tokenizer 2"] == told and not report.warnings
+    (line,) = report.use
     (tmp_path / "x.tokenizer").mkdir()
-    assert "vocab.json" in inspect(file).warnings[0]  # one that is the file's own, and empty
+    empty = inspect(file)  # one that is the file's own: no other would take its place
+    assert "vocab.json" in empty.warnings[0] and empty.use == (line,)
 
 
 # ---------------------------------------------------------------------------------------------------- what is wrong
@@ -561,8 +566,10 @@ def test_a_folder_of_other_things(tmp_path, models):
 def test_what_is_not_here_is_not_fetched(tmp_path):
     with pytest.raises(LDMError, match=r"There is no 'scnes' to inspect.*Did you mean 'scenes'"):
         inspect("scnes")
-    with pytest.raises(LDMError, match="org/name is not on this machine: `ldm fetch org/name`"):
-        inspect("org/name")
+    for name in ("org/name", "models/sd1", "downloads/x.safetensors"):  # each of them may be a path, mistyped
+        words = rf"There is no folder or file '{name}' here, nor .* of the hub: check the path; or `ldm fetch {name}`"
+        with pytest.raises(LDMError, match=words):
+            inspect(name)
 
 
 # ---------------------------------------------------------------------------------------------------- the page

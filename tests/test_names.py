@@ -123,7 +123,7 @@ def test_the_x4_upscaler_is_as_large_as_published():
     assert round(count["x4-upscaler"] / 1e6, 1) == 473.4
     for name, base, more in (
         ("sd15-inpaint", "sd15", 5), ("sd15-edit", "sd15", 4), ("sd2-inpaint", "sd21", 5), ("sd2-depth", "sd21", 1),
-        ("sdxl-inpaint", "sdxl", 5),
+        ("sdxl-inpaint", "sdxl", 5), ("sdxl-edit", "sdxl", 4),
     ):  # fmt: skip
         assert count[name] - count[base] == 320 * 9 * more
     found = origins("unet", configs_of("x4-upscaler")["unet"], names.UNET)

@@ -5,6 +5,7 @@ import collections
 import pathlib
 import struct
 import sys
+import types
 import warnings
 import zipfile
 
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 
 from ldm.errors import LDMError
+from ldm.io.opcodes import names_in
 from ldm.io.pickles import Pickled, refused
 from ldm.io.weights import WeightFiles, load_weights
 
@@ -93,6 +95,33 @@ def test_what_is_beside_the_weights(tmp_path):
         "'betas' (collections.defaultdict)", "'optimizer_states' (list)", "'7' (__builtin__.set)",
     ]  # fmt: skip
     assert "this one asks for" not in str(refused(tmp_path / "a.ckpt"))
+
+
+def test_what_newer_programs_leave(tmp_path):
+    content = {"a": torch.ones(1), "torch": torch.__version__, "x": types.SimpleNamespace(a=1, b=[2])}
+    torch.save(content, tmp_path / "a.pt")
+    read = Pickled(tmp_path / "a.pt")
+    assert list(read.entries) == ["a"]
+    assert read.passed_over == ["'torch' (torch.torch_version.TorchVersion)", "'x' (types.SimpleNamespace)"]
+    assert "this one asks for" not in str(refused(tmp_path / "a.pt"))
+    for place in ("pathlib", "pathlib._local"):  # Python 3.13 has them in the second
+        program = b"\x80\x02}X\x01\x00\x00\x00pc%s\nPosixPath\nX\x01\x00\x00\x00a\x85Rs." % place.encode()
+        with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
+            archive.writestr("x/data.pkl", program)
+        assert Pickled(tmp_path / "b.pt").passed_over == [f"'p' ({place}.PosixPath)"]
+
+
+def test_large_checkpoints_are_no_work_too_great(tmp_path):
+    """A network's weights, their averages and the state of its training, whose tables have numbers as keys."""
+    one = torch.ones(1)
+    state = {f"model.diffusion_model.{i}.weight": one for i in range(2000)}
+    optimizer = {"state": {i: {"step": one, "exp_avg": one, "exp_avg_sq": one} for i in range(2000)}}
+    sizes = collections.OrderedDict((f"size {i}", torch.Size([1, 2, 3])) for i in range(2000))
+    pairs = {(i, "a", 2.0): None for i in range(2000)}
+    content = {"state_dict": state, "optimizer_states": [optimizer], "sizes": sizes, "pairs": pairs}
+    torch.save(content, tmp_path / "a.ckpt")
+    read = Pickled(tmp_path / "a.ckpt")
+    assert list(read.entries) == list(state) and len(read.passed_over) == 3
 
 
 @pytest.mark.parametrize(
@@ -224,6 +253,16 @@ def test_a_refused_pickle_names_what_it_asks_for(tmp_path, opcode):
     assert "(this one asks for 'os.system')" in str(refused(tmp_path / "a.pt"))
     with pytest.raises(LDMError, match=r"asks to call 'os.system', which is no part of weights; nothing was run"):
         Pickled(tmp_path / "a.pt")
+
+
+def test_the_first_hundred_names_are_told_and_counted(tmp_path):
+    """Each once, and the first letters of it."""
+    program = b"\x80\x02" + b"".join(b"cevil\nE%d\n0" % (i // 2) for i in range(1000))
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("x/data.pkl", program + b"}.")
+    said = str(refused(tmp_path / "a.pt"))
+    assert "(this one asks for 'evil.E0', 'evil.E1', 'evil.E2', 'evil.E3', 'evil.E4' and 95 more)" in said
+    assert names_in(b"c" + b"m" * 5000 + b"\n" + b"n" * 5000 + b"\n.") == [f"{'m' * 1000}.{'n' * 1000}"]
 
 
 def test_no_warnings(tmp_path):

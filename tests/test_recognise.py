@@ -132,6 +132,11 @@ def test_beside_the_model_of_older_and_longer_files():
         ("x4-upscaler", ["low_scale_model.betas", "low_scale_model.sqrt_alphas_cumprod"]),
         ("sd2-depth", ["depth_model.model.pretrained.model.cls_token", "depth_model.model.scratch.layer1_rn.weight"]),
         ("sd15", ["first_stage_model.loss.logvar", "first_stage_model.loss.discriminator.main.0.weight"]),
+        ("sd15", [f"cond_stage_model.transformer.{each}" for each in (
+            "vision_model.embeddings.class_embedding", "vision_model.embeddings.position_ids", "text_projection.weight",
+            "vision_model.encoder.layers.0.mlp.fc1.bias", "visual_projection.weight", "logit_scale")]),
+        ("sd21", ["cond_stage_model.model.visual.proj", "model.log_sigmas", "model.sigmas"]),
+        ("sdxl", ["denoiser.log_sigmas", "denoiser.weighting.sigmas", "model_sampling.sigmas"]),
         ("sdxl", ["denoiser.sigmas", "conditioner.embedders.0.transformer.text_projection.weight",
                   "conditioner.embedders.0.logit_scale"]),
     ):  # fmt: skip
@@ -294,7 +299,19 @@ def test_nothing_may_be_lost_added_or_misshapen(file):
 
 
 @pytest.mark.parametrize(
-    "strange", ["extra", "cond_stage_model.more.weight", "embedding_manager.x", "model_emo.x", "depth.model", "\x1b[1m"]
+    "strange",
+    [
+        "extra",
+        "cond_stage_model.more.weight",
+        "embedding_manager.x",
+        "model_emo.x",
+        "depth.model",
+        "\x1b[1m",
+        "model.sigmas.0",
+        "sigmas",
+        "cond_stage_model.transformer.visual",
+        "vision_model.x",
+    ],
 )
 def test_a_tensor_of_nothing_that_is_known_is_told(strange):
     found = look(original_keys()["sd1"] | {strange: (3,)})
@@ -379,6 +396,15 @@ OTHERS = {
     "clip_g": "embedding",
     "<cat-toy>": "embedding",
     "image_proj.proj.weight": "ip-adapter",
+    "lllite_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.conditioning1.0.weight": "lllite",
+    "768.0.linear.0.weight": "hypernetwork",
+    "taesd_decoder.3.conv.0.weight": "taesd",
+    "3.conv.4.bias": "taesd",
+    "encoder.layers.1.conv.2.weight": "taesd",
+    "brushnet_mid_block.weight": "brushnet",
+    "brushnet_up_blocks.3.bias": "brushnet",
+    "state_dict.model.diffusion_model.out.2.weight": "wrapped",
+    "3.conv.1.weight": "unknown",
     "adapter.body.0.resnets.0.block1.weight": "adapter",
     "body.0.block1.weight": "adapter",
     "encoder.block.0.layer.0.SelfAttention.q.weight": "t5",
@@ -404,6 +430,10 @@ def test_every_other_kind_has_a_test_and_none_takes_a_model_for_it():
     assert {line[0] for line in (*NETWORKS, *FILES)} <= set(OTHERS.values())
     for name in ("flux-dev", "flux-schnell"):
         assert name not in original_keys()
+    brushnet = keys_of("unet", configs_of("sd15")["unet"], "", "diffusers") | {
+        "brushnet_mid_block.weight": (1280, 1280)
+    }
+    assert look(brushnet).kind == "brushnet" and "is a BrushNet, by its tensor 'brushnet_mid" in refusal(look(brushnet))
     with_lora = look(whole("sd15") | {"lora_unet_x.lora_down.weight": (1,)})
     assert with_lora.kind == "pipeline" and with_lora.unknown == ("lora_unet_x.lora_down.weight",)
 
@@ -467,6 +497,23 @@ def test_a_configuration_that_cannot_be_meant_is_refused(text, says):
     with pytest.raises(LDMError) as error:
         look(whole("tiny-sd15"), {"ldm.config": text})
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_configuration_that_names_another_class_is_refused():
+    """Parts of one model in the metadata of a file, under each other's names."""
+    for part, fields, says in (
+        (
+            "unet",
+            {"_class_name": "ControlNetModel"},
+            "of the UNet names the class 'ControlNetModel', and ldm reads UNet2D",
+        ),
+        ("vae", {"_class_name": "AutoencoderTiny"}, "of the VAE names the class 'AutoencoderTiny'"),
+        ("controlnet", {"_class_name": "UNet2DConditionModel"}, "of the ControlNet names the class 'UNet2DCond"),
+        ("text_encoder", {"architectures": ["T5EncoderModel"]}, "of the text encoder names the class 'T5EncoderModel'"),
+    ):
+        with pytest.raises(LDMError) as error:
+            look(whole("tiny-sd15"), {"ldm.config": json.dumps({part: fields})})
+        assert f"in its metadata (ldm.config): The configuration {says}" in str(error.value)
 
 
 def test_origins_lead_to_the_files_tensors():

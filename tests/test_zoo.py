@@ -13,6 +13,7 @@ from ldm.errors import LDMError
 from ldm.hub import fetching as hub
 from ldm.hub import wanted, zoo
 from ldm.hub.zoo import Address, parse
+from ldm.io.folders import find_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -156,14 +157,40 @@ def test_shards_come_with_their_index():
     chosen = choose(files)
     assert {index, *(f"unet/{name}" for name in shards)} <= {*chosen} and PLAIN_UNET not in chosen
     half = "unet/diffusion_pytorch_model.safetensors.index.fp16.json"
-    assert half in choose(files | {half: files[index]}, "fp16")
+    sharded = {name: data for name, data in files.items() if name != HALF_UNET} | {half: files[index]}
+    assert half in choose(sharded, "fp16")
     del files["unet/m-2-of-2.safetensors"]
     with pytest.raises(wanted.Missing, match=r"lacks unet/m-2-of-2"):
         choose(files)
 
 
+@pytest.mark.parametrize("more, held", [("", PLAIN_UNET), (".fp16", HALF_UNET)])
+def test_a_file_and_an_index_of_one_variant_are_refused(tmp_path, more, held):
+    """By the hub as by a folder: one of them is outdated, and nothing says which."""
+    index, shard = f"unet/diffusion_pytorch_model.safetensors.index{more}.json", "m-1-of-1.safetensors"
+    files = pipeline(f"unet/{shard}") | {index: json.dumps({"weight_map": {"a": shard}}).encode()}
+    for variant in (None, "fp16"):
+        with pytest.raises(LDMError, match=rf"org/name holds both {re.escape(held)} and {re.escape(index)}"):
+            choose(files, variant)
+    (tmp_path / "unet").mkdir()
+    for name in (held, index):
+        (tmp_path / name).write_bytes(files[name])
+    with pytest.raises(LDMError, match="holds both"):
+        find_weights(tmp_path / "unet", "diffusion_pytorch_model")
+
+
 @pytest.mark.parametrize(
-    "shard", ["../vae/x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "C:x.safetensors", "x.py", "", ".x"]
+    "shard",
+    [
+        "../vae/x.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        "C:x.safetensors",
+        "x.py",
+        "",
+        ".x",
+        "x" * 300 + ".safetensors",
+    ],
 )
 def test_an_index_names_files_of_its_own_folder(shard):
     index = "unet/diffusion_pytorch_model.safetensors.index.json"

@@ -1,8 +1,8 @@
 """The published models' configurations, which original files don't hold, and `--random-init` builds; and tiny ones.
 
 Facts of the config.json files in the folders of Stable Diffusion 1.5 and its inpainting model, InstructPix2Pix, Stable
-Diffusion 2.1, 2.1 base, 2 inpainting, 2 depth, the x4 upscaler, SDXL base 1.0, its refiner and inpainting model, the
-first ControlNet for edges of SD 1.5 and the one of SDXL.
+Diffusion 2.1, 2.1 base, 2 inpainting, 2 depth, the x4 upscaler, SDXL base 1.0, its refiner, inpainting model and
+InstructPix2Pix, the first ControlNet for edges of SD 1.5 and the one of SDXL.
 """
 
 from dataclasses import dataclass, field, replace
@@ -258,6 +258,7 @@ PUBLISHED = (  # in the order in which a file is compared with them: of two of t
     UPSCALER,
     SDXL,
     SDXL.with_unet("sdxl-inpaint", "Stable Diffusion XL for inpainting", in_channels=9),
+    SDXL.with_unet("sdxl-edit", "InstructPix2Pix of Stable Diffusion XL", in_channels=8),
     REFINER,
 )
 ALL = (

@@ -89,6 +89,7 @@ def check_fit(checkpoint: Checkpoint) -> None:
     unet, vae = configs["unet"], configs["vae"]
     task, xl = task_of(unet.in_channels, vae.latent_channels), unet.is_xl
     texts = [configs[name] for name in ("text_encoder", "text_encoder_2") if name in configs]
+    check_remarks(folder, checkpoint.index)
     if unet.num_class_embeds is not None and task != "upscale":
         raise LDMError(f"{folder}: the UNet asks for more than a prompt (num_class_embeds), which ldm doesn't give it.")
     faults = []
@@ -109,6 +110,17 @@ def check_fit(checkpoint: Checkpoint) -> None:
     faults += check_xl(texts, unet, checkpoint.index) if xl else ["only SDXL has two text encoders"] * (len(texts) > 1)
     if faults:
         raise LDMError(f"{folder}: {'; '.join(faults)}: these parts don't belong together.")
+
+
+def check_remarks(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse what model_index.json can't mean by the remarks beside the parts; that they fit is `check_xl`'s."""
+    for name, kind in (("max_noise_level", int), ("force_zeros_for_empty_prompt", bool)):
+        value = index.get(name, kind())
+        if type(value) is not kind or value < 0:
+            wanted = "a whole number from 0 on" if kind is int else "true or false"
+            raise LDMError(
+                f"{folder}: model_index.json says {name} {value!r}, and it is {wanted}: take the model's own file."
+            )
 
 
 def check_xl(texts: Sequence[TextConfig], unet: UNetConfig, index: Mapping[str, Any]) -> list[str]:

@@ -1,13 +1,12 @@
 """Which parts of a model a file holds, and how well an architecture fits them: every key and every shape compared."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from ldm.checkpoints import names
 from ldm.checkpoints.architectures import Architecture
-from ldm.checkpoints.kinds import PASSED_OVER
+from ldm.checkpoints.kinds import beside
 from ldm.models.controlnet import ControlNetConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
@@ -125,20 +124,19 @@ def left_over(
     rest: Iterable[str], configs: Mapping[str, names.Config], parts: Mapping[str, Place]
 ) -> tuple[tuple[Group, ...], tuple[str, ...]]:
     """The names that no part claims: in groups that are known, and the unknown ones."""
-    patterns = PASSED_OVER
+    last = None
     if "text_encoder" in parts:  # Stable Diffusion 2's, which is one layer longer than what is read
-        layer = f"{parts['text_encoder'].prefix}transformer.resblocks.{configs['text_encoder'].num_hidden_layers}."
-        last = re.compile(re.escape(layer) + ".+"), "the text encoder's last layer", "the model reads the one before"
-        patterns = (last, *patterns)
+        last = f"{parts['text_encoder'].prefix}transformer.resblocks.{configs['text_encoder'].num_hidden_layers}."
     groups: dict[tuple[str, str], list[str]] = {}
     unknown = []
     for name in rest:
-        for pattern, what, why in patterns:
-            if pattern.fullmatch(name):
-                groups.setdefault((what, why), []).append(name)
-                break
-        else:
+        about = beside(name)
+        if last is not None and name.startswith(last):
+            about = "the text encoder's last layer", "the model reads the one before"
+        if about is None:
             unknown.append(name)
+        else:
+            groups.setdefault(about, []).append(name)
     return tuple(Group(*about, tuple(members)) for about, members in groups.items()), tuple(unknown)
 
 

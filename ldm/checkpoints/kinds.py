@@ -2,22 +2,28 @@
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
-from ldm.io.headers import Entry
+from ldm.io.headers import MOST_TENSORS, Entry
 
 TABLES = (  # of the noise schedule, which is computed from its few numbers
     r"betas|alphas_cumprod(_prev)?|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod|log_one_minus_alphas_cumprod|"
     r"sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|posterior_log_variance_clipped|"
     r"posterior_mean_coef[12]|lvlb_weights|logvar"
 )
-TEXT = r"(cond_stage_model|conditioner\.embedders\.\d+)\.(transformer\.|model\.)?(text_model\.)?"
+CLIP = r"(cond_stage_model|conditioner\.embedders\.\d+)\.(transformer\.|model\.)?"
+TEXT = rf"{CLIP}(text_model\.)?"
 
 PASSED_OVER = tuple(
     (re.compile(pattern), what, why)
     for pattern, what, why in (
         (r"model_ema\.(decay|num_updates)", "counters of moving averages", "training alone reads them"),
         (r"model_ema\..+", "moving averages of the weights (EMA)", 'variant "ema" reads them instead of the weights'),
-        (TABLES + r"|denoiser\.sigmas", "tables of the noise schedule", "they are computed from its configuration"),
+        (
+            TABLES + r"|(denoiser\.(weighting\.)?|model\.|model_sampling\.)(log_)?sigmas",
+            "tables of the noise schedule",
+            "they are computed from its configuration",
+        ),
         (rf"low_scale_model\.({TABLES})", "tables of the small picture's noise", "they are computed as well"),
         (r".*\bembeddings\.position_ids", "position numbers", "they are 0, 1, 2 and so on"),
         (rf"({TEXT})?logit_scale", "CLIP's temperature", "only its training reads it"),
@@ -25,6 +31,11 @@ PASSED_OVER = tuple(
             TEXT + r"text_projection(\.weight)?",
             "CLIP's projection",
             "this model reads no pooled vector of that encoder",
+        ),
+        (
+            CLIP + r"(vision_model\..+|visual\..+|visual_projection(\.weight)?)",
+            "CLIP's half for pictures",
+            "a prompt is read by the other half",
         ),
         (rf"({TEXT})?attn_mask", "CLIP's mask", "it is computed"),
         (r"depth_model\..+", "the depth estimator (MiDaS)", "in this layout it isn't read: give the depth itself"),
@@ -48,6 +59,8 @@ NETWORKS = (  # kind, what it is, what to do, and a pattern of keys of which one
      r"(noise_augmentor|embedder\.model\.visual)\..+"),
     ("video", "a network for video", NO_SUCH,
      r"(.+\.)?(time_stack|time_mixer|motion_modules|temp_convs|temporal_transformer)\..+"),
+    ("brushnet", "a BrushNet", "ldm doesn't read these: take a model for inpainting",
+     r"brushnet_(down_blocks|mid_block|up_blocks)\..+"),
     ("gligen", "a GLIGEN, which is told boxes", NO_SUCH, r".+\.transformer_blocks\.\d+\.fuser\..+"),
     ("dit", "a diffusion transformer (DiT, PixArt or another)", NO_SUCH,
      r"(model\.diffusion_model\.)?((transformer_)?blocks\.0\.(adaLN_modulation\.1\.weight|scale_shift_table)|"
@@ -58,6 +71,9 @@ FILES = (  # the same, of files without a UNet or a VAE
     ("lora", "a LoRA", "it is a change to a model and not a model: load it on top of one",
      r"lora_(unet|te\d?)_.+|"
      r".+\.(lora_(A|B|up|down|a|b)|lora\.(up|down)|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_blocks)(\.[\w-]+)*"),
+    ("lllite", "a ControlNet-LLLite", "ldm doesn't read these: take the whole ControlNet", r"lllite_unet_.+"),
+    ("hypernetwork", "a hypernetwork", "ldm doesn't read these: take a LoRA",
+     r"\d+\.[01]\.linear\.\d+\.(weight|bias)"),
     ("embedding", "an embedding (textual inversion)", "it is a word and not a model: it goes with a text encoder",
      r"string_to_param\..+|emb_params|<.+>|clip_[lg]"),
     ("ip-adapter", "an IP-Adapter", "ldm doesn't read these: take a ControlNet or a T2I-Adapter",
@@ -69,9 +85,19 @@ FILES = (  # the same, of files without a UNet or a VAE
      r"(model\.1\.sub\.0|body\.0|RRDB_trunk\.0)\.(RDB|rdb)1\..+"),
     ("safety", "a safety checker", "ldm takes no part of it: name a model", r"concept_embeds"),
     ("vision", "an image encoder (CLIP)", "drawing needs none: name a model", r"(vision_model|visual)\..+"),
+    ("taesd", "a TAESD, a small network in place of the VAE", "ldm doesn't read these: take a whole VAE",
+     r"(taesd_)?((encoder|decoder)\.(layers\.)?)?\d+\.conv\.[024]\.(weight|bias)"),
+    ("wrapped", "a training's file, whose weights lie below a state_dict", "save these alone, without that word",
+     r"state_dict\..+"),
     ("training", "the state of a training", "it is not a model: take the weights that were saved beside it",
      r"optimizer(_states)?\..+|(state\..+\.)?exp_avg(_sq)?(\..+)?"),
 )  # fmt: skip
+
+
+@lru_cache(maxsize=MOST_TENSORS)  # a file is compared with a dozen architectures, which leave over the same names
+def beside(name: str) -> tuple[str, str] | None:
+    """(what it is, why it is passed over) of a tensor that lies beside a model and takes no part in drawing."""
+    return next(((what, why) for pattern, what, why in PASSED_OVER if pattern.fullmatch(name)), None)
 
 
 def other_kind(keys: Iterable[str], model: bool) -> tuple[str, str, str] | None:

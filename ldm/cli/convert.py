@@ -1,15 +1,14 @@
 """`ldm convert`: a model in another format, with the same bits."""
 
 import argparse
-import shlex
-from pathlib import Path
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ldm.cli.options import DTYPES, one_of, progress, real
-from ldm.errors import say_on_stderr
+from ldm.errors import bytes_in_words, say_on_stderr
 
 if TYPE_CHECKING:
-    from ldm.convert.writing import Source, Written
+    from ldm.convert.writing import Tick, Written
 
 PARTS = ("controlnet", "vae", "unet")  # of `ldm.convert`, which would bring torch along
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -48,46 +47,49 @@ def add(commands: "argparse._SubParsersAction") -> None:
     )  # fmt: skip
     p.add_argument("--part", type=one_of(PARTS), help=f"one network alone: {', '.join(PARTS)}")
     p.add_argument(
-        "--scaling-factor", type=real(1e-6, 1e6), metavar="X", help="of a VAE alone in a file, which doesn't say it: "
-        "0.18215 for Stable Diffusion 1 and 2, 0.13025 for SDXL",
+        "--scaling-factor", type=real(1e-6, 1e6), metavar="X", help="of a VAE alone, where its file doesn't say it: "
+        "that in the vae/config.json of its model (SDXL's is 0.13025)",
     )  # fmt: skip
     p.add_argument("--allow-pickle", action="store_true", help="read .ckpt, .pt and .bin, running nothing of them")
     p.add_argument("--overwrite", action="store_true", help="replace a file or a model of that name")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ldm.convert import open_source
-    from ldm.convert.writing import check_target, write
-    from ldm.loading import find_dtype
+    from ldm.convert import convert
 
-    check_target(args.source, args.target, args.overwrite)
-    source = open_source(
-        args.source, args.variant, args.prediction_type, args.part, args.allow_pickle, args.scaling_factor
-    )
-    dtype = None if args.dtype is None else find_dtype(args.dtype)
-    with progress(source.bytes(dtype), unit="B") as bar:
-        bar.unit_scale = True
-        written = write(source, args.target, dtype, args.overwrite, bar.update)
+    with ExitStack() as stack:
+
+        def begin(size: int) -> "Tick":
+            bar = stack.enter_context(progress(size, unit="B"))
+            bar.unit_scale = True
+            return bar.update
+
+        written = convert(
+            args.source,
+            args.target,
+            dtype=args.dtype,
+            variant=args.variant,
+            prediction_type=args.prediction_type,
+            part=args.part,
+            allow_pickle=args.allow_pickle,
+            overwrite=args.overwrite,
+            scaling_factor=args.scaling_factor,
+            begin=begin,
+        )
     for folder in written.beside:
         say_on_stderr(f"{folder}: the tokenizer, which has no place in the file; keep the two together.")
-    print(f"{written.path}: {', '.join(written.parts)}, {written.bytes / 1e6:.1f} MB")
-    print(use(written, source))
+    print(f"{written.path}: {', '.join(written.parts)}, {bytes_in_words(written.bytes)}")
+    print(use(written))
 
 
-def use(written: "Written", source: "Source") -> str:
+def use(written: "Written") -> str:
     """The line that uses what was written."""
-    from ldm.tasks import task_of
+    from ldm.convert.writing import is_file
+    from ldm.inspect.told import line_of_model, line_of_part
 
-    path = shlex.quote(str(written.path))
+    path, source = str(written.path), written.source
     if source.model is not None:
-        task = task_of(source.configs["unet"].in_channels, source.configs["vae"].latent_channels)
-        given = {"inpaint": " --image PICTURE --mask MASK", "text": ""}.get(task, " --image PICTURE")
-        return f'ldm generate "a prompt" --model {path}{given}'
-    ((part,), name) = written.parts, str(Path(written.path))
-    return {
-        "controlnet": f'ldm generate "a prompt" --model MODEL --control KIND@{path}:PICTURE',
-        "vae": f"pipe.vae = ldm.load_vae({name!r}, pipe)  # in Python",
-        "unet": f"UNet2DConditionModel.from_single_file({name!r})  # diffusers; ldm reads whole models"
-        if name.lower().endswith(".safetensors")
-        else f"UNet2DConditionModel.from_pretrained({name!r})  # diffusers; ldm reads whole models",
-    }[part]
+        return line_of_model(path, source.configs)
+    (part,) = source.configs
+    how = "from_single_file" if is_file(written.path) else "from_pretrained"
+    return line_of_part(part, path) or f"UNet2DConditionModel.{how}({path!r})   # diffusers; ldm reads whole models"

@@ -1,10 +1,9 @@
 """`ldm fetch`: models from the hub, before they are needed; and the list of those that have short names."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.errors import LDMError
+from ldm.errors import LDMError, bytes_in_words, printable
 
 if TYPE_CHECKING:
     from ldm.hub.fetching import Plan
@@ -66,37 +65,30 @@ def fetch(name: str, variant: str | None, allow_pickle: bool, update: bool, dry_
             return
         place = hub.carry_out(todo, say=lambda line: None)  # the table has said it
     print(f"{name} is here: {place}")
-    if line := to_use(name, place, variant):
-        print(line)
+    for line in to_use(name, variant):
+        print(printable(line))
 
 
 def listed(todo: "Plan") -> str:
-    """A plan as a small table: each file, its size, and whether it is here already."""
-    from ldm.hub.download import bytes_said
-
+    """A plan as a small table: each file, its size, and whether it is here. The licence is a stranger's text."""
     missing = {file.name for file in todo.missing}
     width = max(len(file.name) for file in todo.files)
     rows = [
-        f"  {file.name:<{width}}  {bytes_said(file.size) if file.size else '?':>9}"
+        f"  {file.name:<{width}}  {bytes_in_words(file.size) if file.size else '?':>9}"
         + "  here" * (file.name not in missing)
         for file in todo.files
     ]
-    return "\n".join([str(todo), *rows])
+    return "\n".join(map(printable, [str(todo), *rows]))
 
 
-def to_use(name: str, place: Path, variant: str | None) -> str:
-    """The line that draws with it, or says what it is for; "" for what only goes with something else."""
-    from ldm.io.folders import read_fields
+def to_use(name: str, variant: str | None) -> tuple[str, ...]:
+    """The lines that draw with it, or say what it is for; none for what only goes with something else."""
+    from ldm.inspect import inspect
 
     if name == "clip-vocab":
-        return "Original files find it by themselves."
-    if place.is_file() or (place / "model_index.json").exists():
-        more = f" --variant {variant}" if variant else ""
-        return f'ldm generate --model {name}{more} "a lighthouse at dusk"'
-    if (place / "config.json").exists():
-        kind = read_fields(place / "config.json").get("_class_name")
-        return f"ldm.load_controlnet({name!r}, pipe)" if kind in ("ControlNetModel", "T2IAdapter") else ""
-    return ""
+        return ("Original files find it by themselves.",)
+    report = inspect(name, variant)
+    return report.use if not report.faults else (f"ldm inspect {name}   # tells what is wrong with it",)
 
 
 def table() -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from ldm.checkpoints.architectures import PUBLISHED
 from ldm.checkpoints.checkpoint import Checkpoint, family_defaults
 from ldm.checkpoints.folder import OPTIONAL, PARTS, PASSED_OVER, SECOND
+from ldm.io.folders import PICKLES
 from ldm.models.unet import UNetConfig
 from ldm.schedules.config import CLASSES, SOLVERS, ScheduleConfig
 from ldm.settings import Defaults
@@ -41,7 +42,7 @@ ABSENT_XL = ("feature_extractor", "image_encoder")  # of SDXL's others
 ABSENT_SD = ("feature_extractor", "image_encoder", "safety_checker")  # of all others
 
 # ModelSpec's names of the published architectures, and one that it lacks and others use.
-MODELSPEC = {
+SPEC_NAMES = {
     "sd15": "stable-diffusion-v1",
     "sd15-inpaint": "stable-diffusion-v1-inpainting",
     "sd21": "stable-diffusion-v2-768-v",
@@ -49,7 +50,7 @@ MODELSPEC = {
     "sdxl": "stable-diffusion-xl-v1-base",
     "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
 }
-SPOKEN = {"epsilon": "epsilon", "v_prediction": "v"}
+SPEC_WORDS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 # ---------------------------------------------------------------------------------------------------- a folder's
@@ -170,8 +171,8 @@ def described(model: Checkpoint) -> dict[str, str]:
     said: dict[str, str] = {}
     if (name := published(unet, model.scheduler.prediction_type)) is not None:
         said |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": name}
-    if model.scheduler.prediction_type in SPOKEN:
-        said["modelspec.prediction_type"] = SPOKEN[model.scheduler.prediction_type]
+    if model.scheduler.prediction_type in SPEC_WORDS:
+        said["modelspec.prediction_type"] = SPEC_WORDS[model.scheduler.prediction_type]
     if unet.sample_size:
         side = unet.sample_size * vae.factor
         said["modelspec.resolution"] = f"{side}x{side}"
@@ -187,8 +188,8 @@ def published(unet: UNetConfig, prediction: str) -> str | None:
         predicted = each.scheduler["prediction_type"]
         # Stable Diffusion 2 is published in two; of all others, fine-tuned ones may predict the other thing.
         same = predicted == prediction or each.name not in ("sd21", "sd21-base")
-        if each.name in MODELSPEC and same and all(theirs[name] == value for name, value in mine.items()):
-            return MODELSPEC[each.name]
+        if each.name in SPEC_NAMES and same and all(theirs[name] == value for name, value in mine.items()):
+            return SPEC_NAMES[each.name]
     return None
 
 
@@ -200,4 +201,5 @@ def padding(tokenizer: Tokenizer) -> str:
 def title_of(source: str | Path) -> str:
     """A model's name, from the path or address by which it was asked for."""
     name = str(source).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].split("@")[0]
-    return name.removesuffix(".safetensors").removesuffix(".ckpt") or "model"
+    stem, dot, ending = name.rpartition(".")
+    return (stem if dot + ending in (".safetensors", *PICKLES) else name) or "model"

@@ -1,8 +1,9 @@
 """A model written out: as a folder in diffusers' format, or as a single file in the original layout.
 
-A tensor is read when it is its turn to be written, so that memory holds one at a time. A single file carries its
-configurations in its metadata (`described.metadata`), so that models of one's own widths come back too. A tokenizer has
-no place in it: one that isn't CLIP's own is written beside it, where `vocabulary` looks first.
+A tensor is read when it is its turn to be written, so that memory holds one at a time, and of OpenCLIP's layers three.
+(What a network predicts may have to be tried out before, which takes the whole UNet: `ldm.convert.predicted`.) A single
+file carries its configurations in its metadata (`described.metadata`), so that models of one's own widths come back
+too. A tokenizer has no place in it: one that isn't CLIP's own is written beside it, where `vocabulary` looks first.
 """
 
 import hashlib
@@ -22,19 +23,18 @@ from ldm.checkpoints.checkpoint import NETWORKS, Checkpoint
 from ldm.checkpoints.places import CONFIG, INDEX
 from ldm.checkpoints.vocabulary import MERGES_SHA256, clip_tokenizer, save_tokenizer
 from ldm.convert.described import metadata, model_index, own_defaults, padding, scheduler_fields
-from ldm.errors import LDMError, say_on_stderr
+from ldm.convert.estimator import carry_estimator
+from ldm.errors import LDMError, bytes_in_words, say_on_stderr
 from ldm.io.atomic import atomic_folder, check_writable
-from ldm.io.folders import read_fields, write_json
+from ldm.io.folders import PICKLES, read_fields, write_json
 from ldm.io.misfits import Found, refuse_misfits
 from ldm.io.weights import DTYPES, Tensors, save_weights
-from ldm.tasks import task_of
 from ldm.text.tokenizer import Tokenizer
 
 STEM = "diffusion_pytorch_model"
 ALONE = {"ControlNetModel": "controlnet", "AutoencoderKL": "vae", "UNet2DConditionModel": "unet"}  # by class
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-ESTIMATOR = ("depth_estimator", "feature_extractor")  # of a depth model: no network of ours, carried over as it is
-Tick = Callable[[int], object]
+Tick = Callable[[int], object]  # told the bytes of a tensor, when it is written
+Begin = Callable[[int], Tick]  # told the bytes of all, before the first
 
 
 class Ours:
@@ -85,15 +85,19 @@ class Source:
 
 
 class Written(NamedTuple):
-    """What has been written: the place, what lies there, and the folders beside it."""
+    """What has been written: the place, what lies there, how large it is, and the folders beside it."""
 
     path: Path
-    parts: tuple[str, ...]
+    source: Source
     bytes: int
     beside: tuple[Path, ...] = ()
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.source.configs)
 
-def check_target(source: str | Path, target: str | Path, overwrite: bool) -> None:
+
+def check_target(target: str | Path, overwrite: bool) -> None:
     """Raise LDMError, before anything is read, for a target that may not or can't be written."""
     target = Path(target)
     if target.suffix.lower() in PICKLES:
@@ -106,11 +110,18 @@ def check_target(source: str | Path, target: str | Path, overwrite: bool) -> Non
         raise LDMError(f"{target} is a file; a single file is written as .safetensors, everything else as a folder.")
     if target.exists() and not overwrite:
         raise LDMError(f"{target} is there already: choose another target, or say overwrite (--overwrite).")
-    origin = Path(source)
-    if origin.exists() and target.exists() and target.resolve() in (origin.resolve(), *origin.resolve().parents):
-        raise LDMError(f"{target} holds what is to be converted, and would be replaced: choose another target.")
     if target.is_dir() and any(target.iterdir()) and not is_model(target):
         raise LDMError(f"{target} holds something else than a model, and would be replaced: choose another target.")
+
+
+def check_apart(place: Path, target: str | Path) -> None:
+    """Raise LDMError for a target that is what is to be converted, or a folder around it, or lies inside of it."""
+    # A source that is a link, as in the hub's cache, is lost with the link as well.
+    origins, goal = [place.resolve(), place.parent.resolve() / place.name], Path(target).resolve()
+    if any(goal in (origin, *origin.parents) for origin in origins):
+        raise LDMError(f"{target} holds what is to be converted, and would be replaced: choose another target.")
+    if any(origin in goal.parents for origin in origins):
+        raise LDMError(f"{target} lies inside of what is to be converted, {place}: choose a target outside of it.")
 
 
 def is_model(folder: Path) -> bool:
@@ -130,25 +141,24 @@ def write(
     target: str | Path,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-    tick: Tick = lambda bytes: None,
+    begin: Begin = lambda bytes: lambda done: None,
 ) -> Written:
-    """Write what was opened; `tick` is told the bytes of each tensor. See `convert`."""
-    target = Path(target)
-    check_target(source.place, target, overwrite)
-    size = source.bytes(dtype)
+    """Write what was opened, to a target that was checked. See `convert`."""
+    target, size = Path(target), source.bytes(dtype)
     check_room(target, size)
+    tick = begin(size)
     if is_file(target):
         beside = write_file(source, target, dtype, overwrite, tick)
     else:
         beside = write_folder(source, target, dtype, tick)
-    return Written(target, tuple(source.configs), size, beside)
+    return Written(target, source, size, beside)
 
 
 def check_room(target: Path, size: int) -> None:
     """Raise LDMError if the disk hasn't so many bytes left."""
     free = shutil.disk_usage(target.parent).free
     if size > free:
-        need, have = (f"{number / 1e9:.2f} GB" for number in (size, free))
+        need, have = bytes_in_words(size), bytes_in_words(free)
         raise LDMError(f"{target} needs {need}, and {have} are free there: free some space, or choose another target.")
 
 
@@ -187,7 +197,7 @@ def write_folder(source: Source, target: Path, dtype: torch.dtype | None, tick: 
                 write_json(new / name / "scheduler_config.json", scheduler_fields(scheduler))
         if defaults := own_defaults(model):
             write_json(new / "ldm.json", defaults)
-        write_json(new / INDEX, model_index(model, carry_estimator(source, new)))
+        write_json(new / INDEX, model_index(model, carry_estimator(model, new)))
     return ()
 
 
@@ -202,26 +212,6 @@ def write_part(folder: Path, part: str, config: Any, tensors: Ours, dtype: torch
         for key in tensors.names
     }
     save_weights(Lazy(reads), folder / f"{stem}.safetensors", dtype, wrote=tick)
-
-
-def carry_estimator(source: Source, new: Path) -> dict[str, list]:
-    """Copy a depth model's estimator, out of a folder that has one; what model_index.json says of it."""
-    carried = {}
-    if "depth_estimator" in source.model.index and list((source.place / ESTIMATOR[0]).glob("*.safetensors")):
-        index = read_fields(source.place / INDEX)
-        carried = {name: index[name] for name in ESTIMATOR if name in index}
-    for name in carried:
-        (new / name).mkdir()
-        for path in (source.place / name).iterdir():
-            if path.is_file() and path.suffix in (".json", ".safetensors"):
-                shutil.copyfile(path, new / name / path.name)
-    unet, vae = source.configs["unet"], source.configs["vae"]
-    if not carried and task_of(unet.in_channels, vae.latent_channels) == "depth":
-        say_on_stderr(
-            f"{source.place} has no depth_estimator in safetensors: ldm takes the depth as a picture (--depth); "
-            "diffusers' pipeline asks for one (depth_estimator=..., feature_extractor=...)."
-        )
-    return carried
 
 
 def write_file(

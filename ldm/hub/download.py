@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ldm.errors import LDMError
+from ldm.errors import LDMError, bytes_in_words
 from ldm.hub.client import Unavailable, explained, http_errors, library
 from ldm.io.atomic import atomic_file
 
@@ -223,14 +223,6 @@ def check_space(repo: str, files: list[File]) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise LDMError(
-            f"{repo} needs {bytes_said(needed)} and {there} has {bytes_said(free)} free: make room, or put the cache "
-            "elsewhere (HF_HOME)."
+            f"{repo} needs {bytes_in_words(needed)} and {there} has {bytes_in_words(free)} free: make room, or put the "
+            "cache elsewhere (HF_HOME)."
         )
-
-
-def bytes_said(number: int) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"

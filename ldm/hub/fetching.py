@@ -12,11 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ldm.errors import LDMError, nearest, say_on_stderr
+from ldm.errors import LDMError, bytes_in_words, nearest, say_on_stderr
 from ldm.hub.client import Gated, Unavailable, Vanished, endpoint, explained, is_installed, is_offline, library
 from ldm.hub.download import (
     File,
-    bytes_said,
     check_space,
     download,
     download_plain,
@@ -27,7 +26,7 @@ from ldm.hub.download import (
 from ldm.hub.wanted import SAFE, Missing, OnlyPickles, check_single, choose
 from ldm.hub.zoo import COMMIT, Address, Model, entry_of, parse, zoo
 from ldm.io.atomic import atomic_file
-from ldm.io.folders import read_fields, write_json
+from ldm.io.folders import MOST_JSON_BYTES, read_fields, write_json
 
 __all__ = ["Address", "Plan", "fetch", "local", "parse", "plan"]
 
@@ -64,7 +63,7 @@ class Plan:
         gate = " (gated)" if self.gated else ""
         commit = f" at {self.commit[:12]}" if self.commit else ""
         count = len(self.missing)
-        what = f"{bytes_said(total)} in {count} file{'s' * (count != 1)}" if self.commit else "a small file"
+        what = f"{bytes_in_words(total)} in {count} file{'s' * (count != 1)}" if self.commit else "a small file"
         where, note = self.source.url or self.source.repo, f" Note: {self.note}." * bool(self.note)
         return f"{where}{commit}: {what} to fetch; licence: {self.licence or '?'}{gate}.{note}"
 
@@ -285,6 +284,12 @@ def _look_up(source: Address, model: Model | None, variant: str | None, allow_pi
             listed[file.rfilename] = File(file.rfilename, file.size, sha, "" if sha else file.blob_id or "")
 
     def read(name: str) -> dict:
+        size = listed[name].size
+        if size > MOST_JSON_BYTES:
+            raise LDMError(
+                f"{source.repo} lists {name} with {bytes_in_words(size)}: it is no such file of a model, and was not "
+                "downloaded; take another model."
+            )
         with _gate_explained(model, source):
             return read_fields(download(source.repo, info.sha, listed[name]))
 

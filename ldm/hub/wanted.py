@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from ldm.errors import LDMError
-from ldm.io.folders import PICKLED, some
+from ldm.io.folders import PICKLED, PICKLES, some
 
 TOKENIZER = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -29,7 +29,6 @@ STEMS = {  # parts that are networks: a config.json and weights of this stem
     "depth_estimator": "model",
 }
 IDLE = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")  # of no use for drawing
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 SAFE = re.compile(r"\w[\w.\-+]*(?:/\w[\w.\-+]*)*", re.ASCII)  # no hidden file, no "..", no absolute path
 
 Read = Callable[[str], dict[str, Any]]  # a JSON file's fields
@@ -61,7 +60,9 @@ def choose(
     if "model_index.json" in names:
         return sorted(_of_pipeline(names, read, place, variant, allow_pickle, exact))
     for stem in ("diffusion_pytorch_model", "model"):  # a ControlNet, a VAE; a depth estimator
-        if "config.json" in names and (_variants(names, "", stem, "safetensors") or _pickled(names, "", stem)):
+        if "config.json" in names and (
+            _variants(names, "", stem, "safetensors", place) or _pickled(names, "", stem, place)
+        ):
             extra = {"preprocessor_config.json"} & names
             return sorted(
                 {"config.json", *extra, *_weights(names, read, place, "", stem, variant, allow_pickle, exact)}
@@ -107,14 +108,14 @@ def _weights(
     exact: bool,
 ) -> list[str]:
     """The weights of one network, one file or shards and their index: as `find_weights` finds them in a folder."""
-    ending, found = "safetensors", _variants(names, folder, stem, "safetensors")
-    if not found and _pickled(names, folder, stem):
+    ending, found = "safetensors", _variants(names, folder, stem, "safetensors", place)
+    if not found and _pickled(names, folder, stem, place):
         if not allow_pickle:
             raise OnlyPickles(
                 f"{place} has {folder or 'its weights'} only as pickles, which can run any code when they are opened: "
                 "take another model, or allow it (allow_pickle=True, --allow-pickle), and ldm reads the tensors alone."
             )
-        ending, found = "bin", _pickled(names, folder, stem)
+        ending, found = "bin", _pickled(names, folder, stem, place)
     wanted = variant if variant in found else None if None in found else next(iter(found), None)
     if not found or (exact and wanted != variant):
         raise Missing(f"{place} lacks {folder}{stem}{f'.{variant}' if variant else ''}.safetensors.")
@@ -124,17 +125,25 @@ def _weights(
     return [name, *_shards(read(name), names, place, folder, name, ending)] if name.endswith(".json") else [name]
 
 
-def _variants(names: set[str], folder: str, stem: str, ending: str) -> dict[str | None, str]:
-    """{variant: its single file or its index}; where both are there, the index: its shards are the newer way."""
+def _variants(names: set[str], folder: str, stem: str, ending: str, place: str) -> dict[str | None, str]:
+    """{variant: its single file or its index}; both of one are refused, as in a folder: they may be two models."""
     pattern = re.compile(
         re.escape(folder + stem) + rf"(?:(?:\.(?P<one>\w+))?\.{ending}|\.{ending}\.index(?:\.(?P<many>\w+))?\.json)"
     )
-    matches = [match for match in map(pattern.fullmatch, sorted(names)) if match]
-    return {match["one"] or match["many"]: match[0] for match in matches}
+    found: dict[str | None, str] = {}
+    for match in filter(None, map(pattern.fullmatch, sorted(names))):
+        variant = match["one"] or match["many"]
+        if variant in found:
+            raise LDMError(
+                f"{place} holds both {found[variant]} and {match[0]}, of which one is outdated: take another revision "
+                "or model."
+            )
+        found[variant] = match[0]
+    return found
 
 
-def _pickled(names: set[str], folder: str, stem: str) -> dict[str | None, str]:
-    return _variants(names, folder, PICKLED.get(stem, stem), "bin")
+def _pickled(names: set[str], folder: str, stem: str, place: str) -> dict[str | None, str]:
+    return _variants(names, folder, PICKLED.get(stem, stem), "bin", place)
 
 
 def _shards(index: dict, names: set[str], place: str, folder: str, file: str, ending: str) -> list[str]:
@@ -143,7 +152,7 @@ def _shards(index: dict, names: set[str], place: str, folder: str, file: str, en
         raise LDMError(f"{place}: {file} has no table 'weight_map' of names and files: take another model.")
     shards = sorted(set(table.values()))
     for shard in shards:  # a stranger's text: it may name files of its own folder, nothing else
-        if not re.fullmatch(rf"\w[\w.\-]*\.{ending}", shard, re.ASCII):
+        if not re.fullmatch(rf"\w[\w.\-]{{0,200}}\.{ending}", shard, re.ASCII):
             raise LDMError(f"{place}: {file} names the shard {shard!r}, no plain file name: do not trust this model.")
         if folder + shard not in names:
             raise Missing(f"{place} lacks {folder}{shard}, which {file} lists.")

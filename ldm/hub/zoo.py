@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ldm.errors import LDMError, nearest
+from ldm.io.folders import PICKLES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,7 +24,7 @@ else:
     import tomli as tomllib
 
 TABLE = Path(__file__).with_name("zoo.toml")
-SINGLE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # files which are models by themselves
+SINGLE = (".safetensors", *PICKLES)  # files which are models by themselves
 PART = r"(?![^/@]*(?:--|\.\.|\.git(?:[/@]|$)))[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"  # as the hub allows names
 ADDRESS = re.compile(
     rf"(?P<repo>{PART}/{PART})(?:@(?P<revision>[A-Za-z0-9][\w.-]*))?(?:/(?P<path>\w[\w.\-+]*(?:/\w[\w.\-+]*)*))?",

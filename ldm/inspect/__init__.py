@@ -15,9 +15,9 @@ from ldm.errors import LDMError, nearest
 from ldm.inspect.file import of_file
 from ldm.inspect.folder import of_model, of_network
 from ldm.inspect.report import Report
-from ldm.io.folders import some
+from ldm.io.folders import PICKLES, some
 
-WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+WEIGHTS = (".safetensors", *PICKLES)
 
 
 def inspect(model: str | Path, variant: str | None = None) -> Report:
@@ -57,5 +57,8 @@ def find(model: str | Path, variant: str | None = None) -> Path:
         )
     found = hub.local(model, variant, allow_pickle=True, settle=True)
     if found is None:
-        raise LDMError(f"{model} is not on this machine: `ldm fetch {model}` says how large it is, and fetches it.")
+        raise LDMError(
+            f"There is no folder or file {str(model)!r} here, nor is it on this machine as a name of the hub: check "
+            f"the path; or `ldm fetch {model}` says how large it is, and fetches it."
+        )
     return found

@@ -20,8 +20,8 @@ from ldm.checkpoints.single import (
     wants_average,
 )
 from ldm.config import from_json
-from ldm.errors import LDMError
-from ldm.inspect.report import Part, Report, Tensor, bytes_in_words, capital, make_part
+from ldm.errors import LDMError, bytes_in_words
+from ldm.inspect.report import Part, Report, Tensor, capital, make_part
 from ldm.inspect.told import facts_of_networks, facts_of_schedule, latents, line_of_model, line_of_part
 from ldm.io.folders import cannot_read, find_weights, open_plain, read_json, some
 from ldm.io.headers import is_pickle
@@ -39,6 +39,7 @@ LAYOUTS = {
 }
 REMARKS = {"title": "title", "author": "author", "license": "licence", "merged_from": "merged from"}  # of ModelSpec
 MOST_LETTERS = 200
+FETCH = "ldm fetch clip-vocab"  # as `vocabulary` advises it where nothing is found
 
 
 def of_file(path: Path, variant: str | None, name: str) -> Report:
@@ -127,6 +128,8 @@ def of_weights(files: WeightFiles, form: str, variant: str | None, name: str, pa
         told, missing, faults = tokenizers_of(found, path, variant)
         facts, warnings = facts | told, warnings + missing
     use, more = use_of(found, name, variant, bool(pickles), whole)
+    if whole and any(FETCH in line for line in warnings):
+        use = (f"{FETCH}   # CLIP's vocabulary, which the file lacks and ldm didn't find", *use)
     return Report(
         **common,
         form=f"{form}, in {layouts}",

@@ -10,8 +10,8 @@ import torch
 from ldm.checkpoints.checkpoint import NETWORKS, Kind, check_fit
 from ldm.checkpoints.folder import OPTIONAL, PARTS, PASSED_OVER, SECOND, open_folder, read_schedule
 from ldm.checkpoints.places import CONFIG, INDEX
-from ldm.errors import LDMError
-from ldm.inspect.report import Part, Report, Tensor, bytes_in_words, make_part
+from ldm.errors import LDMError, bytes_in_words
+from ldm.inspect.report import Part, Report, Tensor, make_part
 from ldm.inspect.told import (
     facts_of_networks,
     facts_of_schedule,
@@ -20,7 +20,7 @@ from ldm.inspect.told import (
     line_of_model,
     line_of_part,
 )
-from ldm.io.folders import find_weights, read_fields
+from ldm.io.folders import PICKLES, find_weights, read_fields
 from ldm.io.headers import is_pickle
 from ldm.io.misfits import CONTEXT_WIDTHS, Found, refuse_misfits
 from ldm.io.pickles import refused
@@ -29,7 +29,7 @@ from ldm.models.adapter import Adapter, AdapterConfig
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 
 STEM = "diffusion_pytorch_model"
-ENDINGS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
+ENDINGS = (".safetensors", *PICKLES, ".msgpack", ".h5", ".onnx")
 CLASSES = {  # what config.json calls it -> its name here, in words, and what reads it
     "ControlNetModel": ("controlnet", "a ControlNet", Kind(ControlNet, ControlNetConfig, STEM)),
     "T2IAdapter": ("adapter", "a T2I-Adapter", Kind(Adapter, AdapterConfig, STEM)),

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
-from ldm.errors import printable
+from ldm.errors import bytes_in_words, printable
 from ldm.io.headers import BITS, Entry, numbers
 
 MOST_NAMED = 6  # tensors of a list, on a page that doesn't show all
@@ -165,15 +165,6 @@ def named(tensors: Sequence[Tensor], all_of_them: bool) -> list[str]:
 
 def shape_in_words(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) if shape else "one number"
-
-
-def bytes_in_words(size: float) -> str:
-    """In the units that shops and the hub count in: 4.3 GB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 999.5 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError
 
 
 def verdict(report: Report) -> str:

@@ -17,6 +17,7 @@ from ldm.io.atomic import atomic_file
 # Far above every real file; a bracket is some 90 bytes of memory.
 MOST_JSON_BYTES, MOST_BRACKETS = 10_000_000, 500_000
 AGAIN = "download or copy it again"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")  # endings of weights that are pickles
 
 
 # ---------------------------------------------------------------------------------------------------- finding files
@@ -77,7 +78,7 @@ def _nothing_found(folder: Path, stem: str) -> LDMError:
     shards = [n for n in names if re.match(re.escape(stem) + r".*-\d+-of-\d+.*\.safetensors$", n)]
     if shards:
         return LDMError(f"{folder} holds shards ({shards[0]}) without {stem}.safetensors.index.json: download it too.")
-    pickles = [n for n in names if n.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+    pickles = [n for n in names if n.endswith(PICKLES)]
     if pickles:
         return LDMError(
             f"{folder} holds only a pickle ({pickles[0]}), which can run any code when it is opened: take the model's "
@@ -167,8 +168,8 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The specification leaves open which of two equal names counts: readers may differ, so neither does."""
     table = dict(pairs)
     if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} stands twice")
+        seen: set[str] = set()
+        raise ValueError(f"the name {next(n for n, _ in pairs if n in seen or seen.add(n))!r} stands twice")
     return table
 
 

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 from ldm.errors import LDMError
 from ldm.io.folders import AGAIN
 
-MOST_BYTES, MOST_OPCODES = 20_000_000, 500_000  # far above every real checkpoint
+# Far above every real checkpoint. Work is counted in items that are walked or copied: a step of the machine is as dear
+# as four of them, a name that is looked up in our lists as eight.
+MOST_BYTES, MOST_WORK, STEP, LOOKUP = 20_000_000, 2_000_000, 4, 8
+MOST_LETTERS, MOST_ITEMS, MOST_NAMES = 1000, 8, 100  # of a name; of a key that is a tuple; that a sentence could tell
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 LITERALS = {  # those whose argument is what they push
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
@@ -38,13 +41,17 @@ HARMLESS = {
     "diffusers.configuration_utils.FrozenDict", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray",
     "numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer",
-    "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib.PureWindowsPath",
-    "torch.device", "torch.nn.parameter.Parameter",
+    "torch.device", "torch.nn.parameter.Parameter", "torch.torch_version.TorchVersion", "types.SimpleNamespace",
+    *(f"{m}.{n}" for m in ("pathlib", "pathlib._local")
+      for n in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
     *(f"{m}.{n}" for m in ("builtins", "__builtin__")
       for n in ("set", "frozenset", "dict", "list", "tuple", "int", "float", "complex", "bytes", "bytearray", "str",
                 "slice", "range", "object")),
 }  # fmt: skip
 PACKAGES = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf")
+OF_WEIGHTS = {
+    "collections.OrderedDict", f"torch.storage.{UNTYPED}", *(f"torch.{each}" for each in (*STORAGES, *TYPES, "Size")),
+}  # fmt: skip
 
 
 class Name(NamedTuple):
@@ -58,14 +65,19 @@ class Name(NamedTuple):
 
     @property
     def harmless(self) -> bool:
-        is_class = self.name.replace(".", "").isidentifier() and self.name.rpartition(".")[2][:1].isupper()
-        return str(self) in HARMLESS or (self.module.partition(".")[0] in PACKAGES and is_class)
+        if self.module.partition(".")[0] not in PACKAGES:
+            return str(self) in HARMLESS
+        return self.name.replace(".", "").isidentifier() and self.name.rpartition(".")[2][:1].isupper()
+
+    @property
+    def of_weights(self) -> bool:
+        return str(self) in OF_WEIGHTS or (self.module == "torch._utils" and self.name.startswith("_rebuild_"))
 
 
 class Thing(NamedTuple):
-    """What stands in place of an object that isn't built."""
+    """What stands in place of an object that isn't built. Of its name a program may make a million: it isn't copied."""
 
-    name: str
+    name: Name | str
 
 
 class Storage(NamedTuple):
@@ -89,10 +101,9 @@ class Layout(NamedTuple):
 def read_pickle(program: bytes, what: str) -> Any:
     """What the program leaves: dicts, lists, tuples, numbers and strings, `Layout`s, `Name`s and `Thing`s.
 
-    Raises LDMError, which begins with `what`, for a program that is damaged, too long, or asks for anything else.
+    The program is at most MOST_BYTES long. Raises LDMError, which begins with `what`, for one that is damaged, makes
+    too much work, or asks for anything else.
     """
-    if len(program) > MOST_BYTES:
-        raise LDMError(f"{what} has a pickle of {len(program)} bytes, more than {MOST_BYTES}: do not trust this file.")
     try:
         return _Machine(what).run(program)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:  # an empty stack, a cut string, ...
@@ -100,48 +111,59 @@ def read_pickle(program: bytes, what: str) -> Any:
 
 
 def names_in(program: bytes) -> list[str]:
-    """Every name that a pickle asks for and that is no part of weights, as far as it can be read; nothing is run."""
-    names, texts, memory = [], ["", ""], {}  # texts: the last two, which STACK_GLOBAL takes
+    """The names that a pickle asks for and that are no part of weights, as far as it can be read; nothing is run.
+
+    The first letters of the first ones: a program may put two texts of megabytes together a million times.
+    """
+    names: dict[Name, None] = {}
+    texts, memory = ["", ""], {}  # texts: the last two, which STACK_GLOBAL takes
     try:
-        for number, (opcode, value, _) in enumerate(pickletools.genops(program[:MOST_BYTES])):
+        for number, (opcode, value, _) in enumerate(pickletools.genops(program)):
             if opcode.name in ("GLOBAL", "INST"):
-                names.append(Name(*value.split(" ", 1)))
+                _note(names, *value.split(" ", 1))
             elif opcode.name == "STACK_GLOBAL":
-                names.append(Name(*texts))
+                _note(names, *texts)
             elif opcode.name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
                 memory[len(memory) if value is None else value] = texts[-1]
             elif opcode.name in ("BINGET", "LONG_BINGET"):
                 texts = [texts[-1], memory.get(value, "")]
             elif isinstance(value, str):
-                texts = [texts[-1], value]
-            if number > MOST_OPCODES:
+                texts = [texts[-1], value[:MOST_LETTERS]]
+            if number > MOST_WORK // STEP or len(names) >= MOST_NAMES:
                 break
     except ValueError:  # it is cut off
         pass
-    return list(dict.fromkeys(str(name) for name in names if not (name.harmless or _of_weights(name))))
+    return [str(name) for name in names]
 
 
-def _of_weights(name: Name) -> bool:
-    known = (f"torch.{each}" for each in (*STORAGES, *TYPES, "Size"))
-    rebuild = name.module == "torch._utils" and name.name.startswith("_rebuild_")
-    return rebuild or str(name) in ("collections.OrderedDict", f"torch.storage.{UNTYPED}", *known)
+def _note(names: dict[Name, None], module: str, of: str) -> None:
+    name = Name(module[:MOST_LETTERS], of[:MOST_LETTERS])
+    if name not in names and not (name.harmless or name.of_weights):
+        names[name] = None
 
 
 class _Machine:
     def __init__(self, what: str):
         self.what = what
+        self.work = 0
         self.stack: list[Any] = []
         self.marks: list[int] = []  # heights of the stack
         self.memory: dict[int, Any] = {}
 
     def run(self, program: bytes) -> Any:
-        for number, (opcode, value, _) in enumerate(pickletools.genops(program)):
-            if number >= MOST_OPCODES:
-                raise LDMError(f"{self.what} has a pickle of more than {MOST_OPCODES} steps: do not trust this file.")
+        for opcode, value, _ in pickletools.genops(program):
+            self._spend(STEP)
             if opcode.name == "STOP":
                 return self._pop()
             self._step(opcode.name, value)
         raise ValueError("it has no end")
+
+    def _spend(self, items: int) -> None:
+        """A step may walk a list of any length, and the next one the same list again: so it isn't steps that count."""
+        self.work += items
+        if self.work > MOST_WORK:
+            most = f"more than {MOST_WORK // STEP} steps, or of steps that make as much work"
+            raise LDMError(f"{self.what} has a pickle of {most}: do not trust this file.")
 
     def _step(self, opcode: str, value: Any) -> None:
         push, pop = self.stack.append, self._pop
@@ -168,12 +190,10 @@ class _Machine:
             items = [pop(), pop()][::-1] if opcode == "SETITEM" else self._to_mark()
             self._put(self._top(), items[::2], items[1::2])
         elif opcode == "GLOBAL":
-            push(Name(*value.split(" ", 1)))
+            push(_name(*value.split(" ", 1)))
         elif opcode == "STACK_GLOBAL":
             name, module = pop(), pop()
-            if not (type(name) is str and type(module) is str):
-                raise ValueError("a name is no text")
-            push(Name(module, name))
+            push(_name(module, name))
         elif opcode == "BINPERSID":
             push(self._storage(pop()))
         elif opcode in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
@@ -220,13 +240,16 @@ class _Machine:
         if type(table) is not dict:
             raise ValueError("it sets an entry of what is no table")
         for key, value in zip(keys, values, strict=True):
+            if type(key) is not str:  # its hash can be foreseen, and a table be filled with keys that collide
+                self._spend(len(table) // 16)
             if _key(key) in table:  # Python would let the second win, in silence
                 raise ValueError("a key stands twice")
             table[key] = value
 
     def _storage(self, line: Any) -> Storage:
         sort, of, key, _, count = line
-        if sort != "storage" or type(key) is not str or type(of) is not Name or not _whole(count):
+        texts = type(key) is str and len(key) <= MOST_LETTERS and type(of) is Name
+        if sort != "storage" or not texts or not _whole(count):
             raise ValueError("a storage is described wrongly")
         if of == ("torch.storage", UNTYPED):
             return Storage(key, "", count)
@@ -237,14 +260,12 @@ class _Machine:
     def _call(self, function: Any, arguments: Any) -> Any:
         if type(arguments) is not tuple:
             raise ValueError("a call is given no tuple")
+        self._spend(len(arguments))
         name = str(function) if type(function) is Name else ""
         if name == "collections.OrderedDict":
-            table: dict = {}
-            for pair in arguments[0] if arguments else ():
-                self._put(table, [pair[0]], [pair[1]])
-            return table
+            return self._table(*arguments)
         if name == "torch.Size":
-            return tuple(arguments[0])
+            return self._size(*arguments)
         if name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"):
             return self._layout(name[-1] == "3", *arguments)
         if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
@@ -252,7 +273,7 @@ class _Machine:
                 raise ValueError("a parameter is no tensor")
             return arguments[0]
         if type(function) is Name and function.harmless and self._harmless(arguments):
-            return Thing(name)
+            return Thing(function)
         called = f"what {function.name} gives" if type(function) is Thing else name or type(function).__name__
         raise LDMError(
             f"{self.what} asks to call {called[:100]!r}, which is no part of weights; nothing was run: do not trust "
@@ -261,13 +282,28 @@ class _Machine:
 
     def _harmless(self, arguments: tuple) -> bool:
         """`_reconstructor`, `_reconstruct` and `defaultdict` are given a class or function to call."""
-        return all(type(each) is not Name or each.harmless or _of_weights(each) for each in arguments)
+        self._spend(LOOKUP * len(arguments))
+        return all(type(each) is not Name or each.harmless or each.of_weights for each in arguments)
+
+    def _table(self, pairs: Any = ()) -> dict:
+        table: dict = {}
+        self._spend(STEP * len(_row(pairs)))
+        for key, value in pairs:
+            self._put(table, [key], [value])
+        return table
+
+    def _size(self, sizes: Any) -> tuple[int, ...]:
+        self._spend(len(_row(sizes)))
+        if not all(_whole(n) for n in sizes):
+            raise ValueError("a size is no whole number")
+        return tuple(sizes)
 
     def _layout(self, third: bool, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Layout:
         _, _, *rest = rest  # whether it is trained, and hooks
         of = rest.pop(0) if third else None
         if type(storage) is not Storage or type(shape) is not tuple or type(stride) is not tuple:
             raise ValueError("a tensor is described wrongly")
+        self._spend(len(shape) + len(stride))
         dtype = TYPES[of.name] if type(of) is Name and of.module == "torch" else storage.dtype
         if not dtype:
             raise ValueError("a tensor has no type")
@@ -282,9 +318,25 @@ def _whole(number: Any) -> bool:
     return type(number) is int and 0 <= number < 2**63
 
 
+def _row(items: Any) -> tuple | list:
+    if type(items) not in (tuple, list):
+        raise ValueError("a list is none")
+    return items
+
+
+def _name(module: Any, name: Any) -> Name:
+    if type(module) is not str or type(name) is not str or len(module) + len(name) > MOST_LETTERS:
+        raise ValueError(f"a name is no text of at most {MOST_LETTERS} letters")
+    return Name(module, name)
+
+
 def _key(key: Any) -> Any:
-    """A key may be hashed only if that cannot go deep: what is nested is a tuple of a million tuples, some day."""
+    """A key is hashed and printed, and a program may ask for that again and again: a tuple must be flat and short."""
+    if type(key) in (str, Name):  # which remember their hash
+        return key
     flat = key if type(key) is tuple else (key,)
-    if not all(type(each) in (str, int, float, bool, bytes, Name, type(None)) for each in flat):
-        raise ValueError("a key is no text or number")
+    if len(flat) > MOST_ITEMS or not all(type(n) in (str, int, float, bool, bytes, type(None)) for n in flat):
+        raise ValueError(f"a key is no text or number, nor up to {MOST_ITEMS} of them")
+    if sum(len(each) for each in flat if type(each) in (str, bytes)) > MOST_LETTERS:
+        raise ValueError(f"a key has more than {MOST_LETTERS} letters")
     return key

@@ -18,7 +18,7 @@ import torch
 from ldm.errors import LDMError
 from ldm.io.folders import cannot_read, some
 from ldm.io.headers import BITS, MOST_DIMENSIONS, MOST_LETTERS, MOST_NUMBERS, MOST_TENSORS, Entry, numbers, sound_name
-from ldm.io.opcodes import TYPES, Layout, Name, Storage, Thing, names_in, read_pickle
+from ldm.io.opcodes import MOST_BYTES, TYPES, Layout, Name, Storage, Thing, names_in, read_pickle
 from ldm.io.zips import Archive
 
 # Where training programs keep the weights: Lightning and CompVis, and programs for other networks. The first holds
@@ -83,12 +83,13 @@ class Pickled:
         if level > MOST_LEVELS:  # a table in itself, too
             raise self._bad(f"its tables are nested more than {MOST_LEVELS} deep")
         self._lines += len(table)
-        if self._lines > MOST_LINES or len(prefix) > MOST_LETTERS:  # one table in many places is read in each
-            raise self._bad(
-                f"its tables have more than {MOST_LINES} lines, or names of more than {MOST_LETTERS} letters"
-            )
+        if self._lines > MOST_LINES:  # one table in many places is read in each
+            raise self._bad(f"its tables have more than {MOST_LINES} lines")
         for key, value in table.items():
-            name = f"{prefix}{key}"
+            word = str(key)
+            if len(prefix) + len(word) > MOST_LETTERS:  # before they are put together: a million lines may ask for it
+                raise self._bad(f"its tables have names of more than {MOST_LETTERS} letters")
+            name = prefix + word
             if type(value) is dict and value:
                 self._gather(value, f"{name}.", level + 1)
             elif type(value) is not Layout:
@@ -118,6 +119,8 @@ class Pickled:
         storage: Storage = tensor.storage
         if record.length * 8 != storage.count * (BITS[storage.dtype] if storage.dtype else 8):
             raise self._bad(f"the numbers of {name[:80]!r} are {record.length} bytes, not those it declares")
+        if record.length * 8 % BITS[tensor.dtype]:
+            raise self._bad(f"the numbers of {name[:80]!r} are {record.length} bytes, no whole count of {tensor.dtype}")
         reach = 0  # the furthest element of the dimensions so far, those of short strides first
         for stride, size in sorted((s, n) for s, n in zip(tensor.stride, tensor.shape, strict=True) if n != 1):
             if stride <= reach:
@@ -159,6 +162,9 @@ def _open(path: Path) -> tuple["_Checkpoint", bytes]:
     if not start.startswith(b"PK"):
         raise LDMError(f"{path} is a bare pickle, not a checkpoint of torch, and ldm doesn't read it: {anew}.")
     archive = _Checkpoint(path)
+    length = archive.records[f"{archive.root}data.pkl"].length
+    if length > MOST_BYTES:  # a file with holes has gigabytes of zeros for nothing: before they are read
+        raise LDMError(f"{path} has a pickle of {length} bytes, more than {MOST_BYTES}: do not trust this file.")
     return archive, bytes(archive.read(f"{archive.root}data.pkl").numpy())
 
 
@@ -182,5 +188,5 @@ class _Checkpoint(Archive):
 
 def _kind(value: Any) -> str:
     if type(value) is Thing:
-        return value.name[:100]
+        return str(value.name)[:100]
     return str(value)[:100] if type(value) is Name else "a tensor" if type(value) is Layout else type(value).__name__

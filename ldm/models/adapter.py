@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import from_json
+from ldm.config import check_class, from_json
 from ldm.errors import LDMError
 from ldm.models.unet import DOWN, UNetConfig
 from ldm.models.vae import VAEConfig
@@ -36,6 +36,7 @@ class AdapterConfig:
     @classmethod
     def from_json(cls, fields: dict) -> "AdapterConfig":
         """Read diffusers' JSON; a field that is not known is refused by name."""
+        check_class(fields.get("_class_name"), (cls.class_name,), cls.what)
         config = from_json(cls, fields, {}, cls.what)
         config.validate()
         return config

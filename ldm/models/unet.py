@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import from_json, levels_of
+from ldm.config import check_class, from_json, levels_of
 from ldm.errors import LDMError
 from ldm.models.blocks import (
     Attention,
@@ -102,6 +102,7 @@ class EncoderConfig:
     @classmethod
     def from_json(cls, fields: dict) -> "EncoderConfig":
         """Read diffusers' JSON; a field that is neither implemented nor neutral is refused by name."""
+        check_class(fields.get("_class_name"), (cls.class_name,), cls.what)
         fields = dict(fields)
         levels = levels_of(fields, cls.block_out_channels)
         head_dim = fields.pop("attention_head_dim", 8)

@@ -5,13 +5,13 @@ Rombach et al. 2022, section 3.1, with the KL penalty of Kingma & Welling 2013. 
 """
 
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import from_json, levels_of
+from ldm.config import check_class, from_json, levels_of
 from ldm.models.blocks import Attention, Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6  # of every GroupNorm in the VAE; the UNet's ResNet blocks use 1e-5
@@ -37,9 +37,12 @@ class VAEConfig:
     use_post_quant_conv: bool = True
     force_upcast: bool = True
 
+    class_name: ClassVar[str] = "AutoencoderKL"  # diffusers' name of it
+
     @classmethod
     def from_json(cls, fields: dict) -> "VAEConfig":
         """Read diffusers' JSON; a field that is neither implemented nor neutral is refused by name."""
+        check_class(fields.get("_class_name"), (cls.class_name,), "the VAE")
         levels = levels_of(fields, (64,))
         neutral = {
             "act_fn": "silu",
@@ -54,7 +57,7 @@ class VAEConfig:
         """The same as diffusers writes it."""
         levels = len(self.block_out_channels)
         return {
-            "_class_name": "AutoencoderKL",
+            "_class_name": self.class_name,
             **asdict(self),
             "act_fn": "silu",
             "down_block_types": ["DownEncoderBlock2D"] * levels,

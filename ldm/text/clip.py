@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config import from_json
+from ldm.config import check_class, from_json
 from ldm.errors import LDMError
 
 ACTIVATIONS = {
@@ -21,6 +21,8 @@ ACTIVATIONS = {
     "gelu": F.gelu,  # OpenCLIP: Stable Diffusion 2 and SDXL's second
 }
 
+# transformers' names of the text tower: without and with its projection, and in a whole CLIP, which is read without.
+CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
 NEUTRAL = {  # fields of both towers' JSON that we accept at these values alone: with them they change nothing
     "add_cross_attention": False,
     "attention_dropout": 0.0,
@@ -77,18 +79,20 @@ class TextConfig(TowerConfig):
     @classmethod
     def from_json(cls, fields: dict) -> "TextConfig":
         """Read transformers' JSON; a field that is neither implemented nor neutral is refused by name."""
-        named = fields.get("architectures") or ["CLIPTextModel"]
+        named = fields.get("architectures") or [CLASSES[0]]
+        name = named[0] if isinstance(named, list | tuple) and len(named) == 1 else named
+        check_class(name, CLASSES, "the text encoder")
         fields = strip(fields, "text_config")
         if isinstance(ends := fields.get("eos_token_id"), list | tuple):
             raise LDMError(f"The text encoder's eos_token_id is {tuple(ends)!r}: ldm reads a single number.")
         config = from_json(cls, fields, NEUTRAL, "the text encoder")
         check_activation(config.hidden_act)
-        return replace(config, with_projection="WithProjection" in str(named))
+        return replace(config, with_projection=name == CLASSES[1])
 
     def to_json(self) -> dict:
         """The same as transformers writes it."""
         fields = asdict(self)
-        name = "CLIPTextModelWithProjection" if fields.pop("with_projection") else "CLIPTextModel"
+        name = CLASSES[fields.pop("with_projection")]
         return {"architectures": [name], "model_type": "clip_text_model", **fields}
 
 
