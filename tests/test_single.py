@@ -3,8 +3,10 @@
 The tiny models' shapes are nobody's: here they count among the published ones (`known`).
 """
 
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -405,3 +407,29 @@ def test_single_reads_a_known_word_of_the_metadata_alone(sd1, answers):
     pipe = ldm.load(file)
     assert pipe.scheduler.prediction_type == "epsilon"
     assert_close(pipe(PROMPT, **FEW).x0, ldm.load(folder)(PROMPT, **FEW).x0, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- real weights
+
+REAL = os.environ.get("LDM_WEIGHTS", "")
+
+
+@pytest.mark.weights
+@pytest.mark.skipif(not REAL, reason="LDM_WEIGHTS names no folder")
+def test_real_files_have_the_numbers_of_their_folders():
+    """Every NAME.safetensors or NAME.ckpt in LDM_WEIGHTS that has a folder NAME in diffusers' format beside it."""
+    files = [file for file in sorted(Path(REAL).iterdir()) if file.suffix in (".safetensors", ".ckpt")]
+    pairs = [(file, file.with_suffix("")) for file in files if file.with_suffix("").is_dir()]
+    assert pairs, f"{REAL} holds no file with a folder of its name"
+    for pair in pairs:
+        one, other = (loading.open_checkpoint(place, None, "transformers", True) for place in pair)
+        assert one.configs.keys() == other.configs.keys()
+        for part in one.configs:
+            rename = getattr(NETWORKS[part].network, "rename", lambda key: key)
+            mine, theirs = one.weights(part), other.weights(part)
+            keys = {key: name for name in theirs.entries if (key := rename(name)) is not None}
+            assert mine.entries.keys() == keys.keys()
+            for key, name in keys.items():
+                ours, reference = mine.read(key), theirs.read(name)
+                narrow = min(ours.dtype, reference.dtype, key=lambda dtype: dtype.itemsize)
+                assert torch.equal(ours.to(narrow), reference.to(narrow)), (pair[0].name, part, key)
