@@ -32,8 +32,7 @@ def open_single(
     file: Path, variant: str | None, clean: str, allow_pickle: bool = False, say: Say = say_on_stderr
 ) -> Checkpoint:
     """The model in a file; of its weights nothing is read yet. Raises LDMError for what is no whole model."""
-    files = WeightFiles(file, allow_pickle)
-    found = recognise(files.entries, str(file), files.metadata)
+    files, found = look(file, allow_pickle)
     found.check_pipeline(file)
     averaged = wants_average(file, found, variant, say)
     tell(file, found, averaged, say)
@@ -78,8 +77,7 @@ def open_single(
 
 def find_schedule(file: Path, allow_pickle: bool = False, say: Say = say_on_stderr) -> tuple[ScheduleConfig, Defaults]:
     """What the model in a file is drawn by; neither its weights nor a tokenizer are asked for."""
-    files = WeightFiles(file, allow_pickle)
-    found = recognise(files.entries, str(file), files.metadata)
+    files, found = look(file, allow_pickle)
     found.check(file)
     if "unet" not in found.parts:
         raise LDMError(f"{file} is {found.reason}: no schedule is known of it; name a model that draws.")
@@ -105,8 +103,7 @@ def open_part(
 
     `like`: the VAE whose place it is to take; its scaling factor counts where the file leaves it open.
     """
-    files = WeightFiles(file, allow_pickle)
-    found = recognise(files.entries, str(file), files.metadata)
+    files, found = look(file, allow_pickle)
     found.check(file)
     if part not in found.parts:
         raise LDMError(f"{file} is {found.reason}: there is no {part} in it; name a file that has one.")
@@ -117,6 +114,12 @@ def open_part(
     elif part == "vae" and like is not None and like.scaling_factor in found.scaling_factors:
         config = replace(config, scaling_factor=like.scaling_factor, shift_factor=like.shift_factor)
     return config, Renamed(files, found.origins(part))
+
+
+def look(file: Path, allow_pickle: bool) -> tuple[WeightFiles, Found]:
+    """A file's tensors, of which none is read yet, and what they are."""
+    files = WeightFiles(file, allow_pickle)
+    return files, recognise(files.entries, str(file), files.metadata)
 
 
 def wants_average(file: Path, found: Found, variant: str | None, say: Say) -> bool:

@@ -15,7 +15,7 @@ from ldm.checkpoints import single
 from ldm.checkpoints.checkpoint import Checkpoint, check_fit
 from ldm.checkpoints.names import Renamed
 from ldm.checkpoints.places import CONFIG, INDEX, embedded, find_model
-from ldm.checkpoints.recognise import Found, recognise
+from ldm.checkpoints.recognise import Found
 from ldm.convert.described import title_of
 from ldm.convert.writing import ALONE, STEM, Begin, Ours, Source, Written, check_apart, check_target, write
 from ldm.errors import LDMError, nearest, say_on_stderr
@@ -141,8 +141,7 @@ def alone_as(name: str, config: Any, tensors: Tensors) -> Alone:
 
 def in_file(place: Path, part: str | None, variant: str | None, allow_pickle: bool) -> Alone | None:
     """The network that is alone in a file, or is asked for as a part of it; None for a whole model."""
-    files = WeightFiles(place, allow_pickle)
-    found = recognise(files.entries, str(place), files.metadata)
+    files, found = single.look(place, allow_pickle)
     if part is None and (found.kind.startswith("pipeline") or len(found.parts) > 1):
         if "controlnet" in found.parts:
             say_on_stderr(f"{place}: its ControlNet is left out; the part 'controlnet' (--part) takes it out alone.")

@@ -8,18 +8,18 @@ from shlex import quote
 from typing import Any
 
 from ldm.checkpoints import names, vocabulary
-from ldm.checkpoints.checkpoint import check_fit, family_defaults
+from ldm.checkpoints.checkpoint import check_fit
 from ldm.checkpoints.places import CONFIG, INDEX
 from ldm.checkpoints.recognise import TITLES, Found, recognise
 from ldm.checkpoints.single import (
     MODELSPEC,
+    defaults_of,
     open_single,
     predictions,
     read_scheduler,
     said_of_prediction,
     wants_average,
 )
-from ldm.config import from_json
 from ldm.errors import LDMError, bytes_in_words
 from ldm.inspect.report import Part, Report, Tensor, capital, make_part
 from ldm.inspect.told import facts_of_networks, facts_of_schedule, latents, line_of_model, line_of_part
@@ -29,7 +29,6 @@ from ldm.io.pickles import refused
 from ldm.io.png import SIGNATURE, read_settings
 from ldm.io.weights import WeightFiles
 from ldm.models.vae import VAEConfig
-from ldm.settings import Defaults
 
 INDEX_FILE = re.compile(r"(.+)\.(safetensors|bin)\.index(?:\.(\w+))?\.json")
 LAYOUTS = {
@@ -197,10 +196,10 @@ def facts_of(found: Found, files: WeightFiles, place: Path) -> dict[str, str]:
     if "vae" in configs:
         configs["vae"] = VAEConfig.from_json(architecture.parts["vae"])
     facts = {"predicts": f"{said}, by {evidence(found, files)}" if said else untold(found)}
-    own, name = architecture.defaults, architecture.scheduler.get("_class_name")
+    name = architecture.scheduler.get("_class_name")
     if name is not None and (said or len(predictions(found)) == 1):
         scheduler = read_scheduler(architecture.scheduler, "ztsnr" in found.marks)
-        defaults = from_json(Defaults, own, {}, f"{place} (ldm)") if own else family_defaults(configs["unet"])
+        defaults = defaults_of(found, place)
         facts |= facts_of_schedule(scheduler, f"{name} ({'its own' if found.own else 'that of its kind'})", defaults)
         configs["unet"] = replace(configs["unet"], sample_size=architecture.parts["unet"].get("sample_size"))
         return facts | facts_of_networks(configs)
