@@ -2,11 +2,13 @@
 
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ldm import tasks
+from ldm.lora.applied import Applied, loras_on
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.precision import autocasting
@@ -14,6 +16,9 @@ from ldm.schedules import ScheduleConfig
 from ldm.settings import Defaults, Model
 from ldm.text.clip import TextEncoder
 from ldm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ldm.text.embeddings import Embedding
 
 
 class Parts:
@@ -49,11 +54,17 @@ class Parts:
         self.where: torch.device | None = None  # what computes, if parts are kept elsewhere (`ldm.memory.offload`)
         self.autocast: torch.dtype | None = None  # what is computed in, if it isn't the weights' own (`ldm.memory`)
         self.watchers = []  # what looks on at the steps of every run: `ldm.lab.watch` comes and goes
+        self.embeddings: dict[str, Embedding] = {}
 
     def parts(self) -> dict[str, nn.Module]:
         """The networks, by name, in the order of the road."""
         names = ("text_encoder", "text_encoder_2", "unet", "vae")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def loras(self) -> tuple[Applied, ...]:
+        """The LoRAs on the networks, in the order of their coming (`ldm.added`): they lie there, and not here."""
+        return loras_on(self.parts().values())
 
     def precision(self) -> AbstractContextManager:
         """What every station computes under: nothing, unless `autocast` is set."""

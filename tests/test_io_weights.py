@@ -193,6 +193,16 @@ def test_one_bad_number_at_any_place_is_noticed(dtype, bad):
             _cast(tensor, dtype, "cpu", "it")
 
 
+def test_where_the_system_gives_no_memory_for_a_file(tmp_path, monkeypatch):
+    def refused(*args):
+        raise RuntimeError("unable to mmap 8796093022208 bytes: Cannot allocate memory (12)")
+
+    save_weights({"a": torch.ones(3)}, tmp_path / "large.safetensors")
+    monkeypatch.setattr("ldm.io.headers.safe_open", refused)
+    with pytest.raises(LDMError, match=r"Cannot read .*large.safetensors, of \d+ bytes: unable to mmap .* memory"):
+        list(read_tensors(tmp_path / "large.safetensors"))
+
+
 def test_mistakes_of_the_model_are_noticed(tmp_path):
     class Forgetful(Tiny):
         def __init__(self):

@@ -68,13 +68,13 @@ NETWORKS = (  # kind, what it is, what to do, and a pattern of keys of which one
 )  # fmt: skip
 FILES = (  # the same, of files without a UNet or a VAE
     ("controlnet-lora", "a Control-LoRA", "take the whole ControlNet", r"lora_controlnet"),
-    ("lora", "a LoRA", "it is a change to a model and not a model: load it on top of one",
+    ("lora", "a LoRA", "it is a change to a model and not a model: add it to one (--lora)",
      r"lora_(unet|te\d?)_.+|"
      r".+\.(lora_(A|B|up|down|a|b)|lora\.(up|down)|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_blocks)(\.[\w-]+)*"),
     ("lllite", "a ControlNet-LLLite", "ldm doesn't read these: take the whole ControlNet", r"lllite_unet_.+"),
     ("hypernetwork", "a hypernetwork", "ldm doesn't read these: take a LoRA",
      r"\d+\.[01]\.linear\.\d+\.(weight|bias)"),
-    ("embedding", "an embedding (textual inversion)", "it is a word and not a model: it goes with a text encoder",
+    ("embedding", "an embedding (textual inversion)", "it is a word and not a model: teach it to one (--embedding)",
      r"string_to_param\..+|emb_params|<.+>|clip_[lg]"),
     ("ip-adapter", "an IP-Adapter", "ldm doesn't read these: take a ControlNet or a T2I-Adapter",
      r"(image_proj|ip_adapter)\..+"),

@@ -4,9 +4,13 @@ from pathlib import Path
 
 from ldm import hub
 from ldm.errors import LDMError, nearest
+from ldm.io.folders import some
+from ldm.text.embeddings import FILE as EMBEDDING
 
 PACKAGE = Path(__file__).parent.parent
 INDEX, CONFIG = "model_index.json", "config.json"  # what marks the folder of a whole model, and of one network
+LORA = "pytorch_lora_weights.safetensors"  # and of what is added to a model, as diffusers calls it
+ADDED = {LORA: "pipe.add_lora, --lora", EMBEDDING: "pipe.add_embedding, --embedding"}
 
 
 def embedded(mark: str = INDEX) -> dict[str, Path]:
@@ -43,6 +47,8 @@ def find_model(model: str | Path, mark: str = INDEX, variant: str | None = None,
     if str(model) in other:
         which = "a ControlNet: load_controlnet" if mark == INDEX else "a whole model: load"
         raise LDMError(f"The embedded {str(model)!r} is {which} reads it.")
+    if option := next((ADDED[file] for file in ADDED if str(model) in embedded(file)), None):
+        raise LDMError(f"The embedded {str(model)!r} is added to a model, and is none itself: {option}.")
     path = Path(model)
     if path.exists():
         return path
@@ -55,4 +61,33 @@ def find_model(model: str | Path, mark: str = INDEX, variant: str | None = None,
     raise LDMError(
         f"There is no model {str(model)!r}: neither a folder or file here, nor a name of the hub (org/name; `ldm "
         f"fetch` lists some), nor an embedded model ({names})." + nearest(str(model), known)
+    )
+
+
+def find_file(name: str | Path, mark: str) -> Path:
+    """The file of what is added to a model, a LoRA or a word: an embedded one's name, a file, a folder that holds
+    `mark`, which is how diffusers calls it there, or a file of the hub ("org/name/file.safetensors") that is here.
+
+    Raises LDMError if there is none; nothing is fetched.
+    """
+    known, path, asked = embedded(mark), Path(name), hub.parse(str(name))
+    if str(name) in known:
+        return known[str(name)] / mark
+    if path.is_file():
+        return path
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.suffix == ".safetensors")
+        if (path / mark).is_file() or len(files) == 1:
+            return path / mark if (path / mark).is_file() else files[0]
+        inside = f"it holds {some([repr(each.name) for each in files])}" if files else "it holds no .safetensors"
+        raise LDMError(f"{path} has no {mark}, and {inside}: name the file itself.")
+    if asked is not None and asked.path and (found := hub.local(str(name), allow_pickle=True)) is not None:
+        return found
+    hint = ""
+    if asked is not None:
+        hint = f" Of the hub, `ldm fetch {name if asked.path else f'{name}/FILE'}` brings it, if you want it."
+    names = ", ".join(known) or "none"
+    raise LDMError(
+        f"There is no file {str(name)!r} here, nor an embedded one of that name ({names})."
+        + (nearest(str(name), known) or hint)
     )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from ldm.errors import LDMError
+from ldm.errors import LDMError, bytes_in_words
 from ldm.io.folders import AGAIN, cannot_read, open_plain, parse_json
 
 # Far above every real model; a header beyond them is there to eat memory.
@@ -82,6 +82,8 @@ def read_header(path: str | Path) -> Header:
         raise cannot_read(path, error) from error
     except SafetensorError as error:
         raise _corrupt(path, repr(str(error)[:200])) from error
+    except RuntimeError as error:  # torch's, where the system gives no window on so large a file
+        raise LDMError(f"Cannot read {path}, of {bytes_in_words(size)}: {str(error)[:200]}.") from error
     return Header(entries, metadata)
 
 

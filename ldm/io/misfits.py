@@ -64,7 +64,7 @@ def _likely_cause(
 ) -> str:
     """What most often lies behind such a misfit, and what to do."""
     if any("lora" in name for name in unexpected):
-        return "This is a LoRA, a change to a model and not a model: load it on top of one."
+        return "This is a LoRA, a change to a model and not a model: add it to one (pipe.add_lora, --lora)."
     if any(name.startswith(("model.diffusion_model.", "first_stage_model.")) for name in unexpected):
         return "This is a single-file checkpoint with all parts in one: load it as such."
     for longer, shorter, which in ((unexpected, missing, "file's"), (missing, unexpected, "model's")):

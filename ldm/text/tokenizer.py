@@ -22,7 +22,8 @@ Shapes: B prompts, L ids for each (77).
 import html
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -137,6 +138,11 @@ def cut_out(text: str, tokens: Iterable[str]) -> list[tuple[str, bool]]:
     return [(part, i % 2 == 1) for i, part in enumerate(re.split(f"({pattern})", text))]
 
 
+def pieces_of(word: str, count: int) -> tuple[str, ...]:
+    """The names of a learnt word's pieces, which are diffusers': word, word_1, word_2, ..."""
+    return (word, *(f"{word}_{k}" for k in range(1, count)))
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What a text encoder is given, and what didn't fit."""
@@ -150,6 +156,7 @@ class Tokenizer:
     """CLIP's byte-pair tokenizer. `vocab`: piece -> id; `merges`: pairs, the first learnt first.
 
     `added`: the tokens that are found in a prompt as they stand; bos, eos, unk and pad are always among them.
+    `words`: {a learnt word: its pieces}, none but in what `with_words` has made.
     """
 
     def __init__(
@@ -168,7 +175,7 @@ class Tokenizer:
         special = SPECIAL | (special or {})
         self.vocab, self.ranks = vocab, {pair: rank for rank, pair in enumerate(merges)}
         self.max_length, self.clean = max_length, clean
-        self.added = dict(added or {})
+        self.added, self.words = dict(added or {}), {}
         self.ids = vocab | {token: one.id for token, one in self.added.items()}
         for name, token in special.items():
             if token not in self.ids:
@@ -184,12 +191,32 @@ class Tokenizer:
         self._names = {id: piece for piece, id in self.ids.items()}
         self._raw = {token: token for token, one in self.added.items() if not one.normalized}
         self._normalized = {clean_transformers(token): token for token, one in self.added.items() if one.normalized}
+        self._original: dict[str, str] = {}  # learnt words, as `clean="original"` leaves them
+        self._before: dict[str, str | None] = {}  # of a learnt word's pieces, each one's predecessor
         self._seen: dict[str, list[str]] = {}  # words already joined: captions repeat theirs
 
     @classmethod
     def from_folder(cls, folder: str | Path, clean: str = "transformers") -> "Tokenizer":
         """Read vocab.json and merges.txt (or tokenizer.json), tokenizer_config.json and special_tokens_map.json."""
         return cls(**read_tokenizer(Path(folder)), clean=clean)
+
+    def with_words(self, words: Mapping[str, Sequence[int]]) -> "Tokenizer":
+        """Another tokenizer, which knows learnt words too, each of which stands for one or several ids.
+
+        As in diffusers, a word is found in the cleaned text wherever it stands, inside other words too, the longest
+        first. Its pieces are `word`, `word_1`, `word_2`, ...; of these `word` alone is found in a prompt, and is all
+        of them. (In diffusers `word_1` is found too, and `Word` is the first piece alone, where the file says `word`.)
+        """
+        other = copy(self)
+        other.words = {word: pieces_of(word, len(ids)) for word, ids in words.items()}
+        found = {each: id for word, ids in words.items() for each, id in zip(other.words[word], ids, strict=True)}
+        other.ids = self.ids | found
+        other.added = self.added | {each: Added(id, normalized=True, special=False) for each, id in found.items()}
+        other._names = self._names | {id: each for each, id in found.items()}
+        other._normalized = self._normalized | {clean_transformers(word): word for word in words}
+        other._original = {clean_original(word): word for word in words}
+        other._before = {each: before for names in other.words.values() for before, each in pairwise((None, *names))}
+        return other
 
     def __len__(self) -> int:
         """The number of ids: 49408 for CLIP."""
@@ -208,7 +235,11 @@ class Tokenizer:
             raise LDMError(f"A prompt must be a text, not {type(text).__name__}: {text!r}.")
         try:
             words = self._words_original(text) if self.clean == "original" else self._words(text)
-            return [piece for word, is_token in words for piece in ([word] if is_token else self._join(word))]
+            return [
+                piece
+                for word, is_token in words
+                for piece in (self.words.get(word, (word,)) if is_token else self._join(word))
+            ]
         except UnicodeEncodeError as error:
             at = ascii(error.object[error.start])
             raise LDMError(f"The prompt holds {at}, half of a surrogate pair; remove it or repair the text.") from None
@@ -236,8 +267,13 @@ class Tokenizer:
         One thing isn't followed: its pattern ignores case once more, and so takes a long s (U+017F) for the s of 's
         and drops a lone iota subscript (U+0345).
         """
-        tokens = (self.bos, self.eos)
-        return [(word, word in tokens) for word in split_words(clean_original(text), whole=tokens)]
+        tokens, words = (self.bos, self.eos), []
+        for span, is_learnt in cut_out(clean_original(text), self._original):
+            if is_learnt:
+                words.append((self._original[span], True))
+            else:
+                words += [(word, word in tokens) for word in split_words(span, whole=tokens)]
+        return words
 
     def _join(self, word: str) -> list[str]:
         """Join the symbols of a word: always the pair that was learnt first (Sennrich et al. 2016, algorithm 1)."""
@@ -271,14 +307,19 @@ class Tokenizer:
         return Tokens(ids, mask, cut=[self.decode(row[room:]) for row in rows])
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of ids. Cleaning is not undone: words come back in lower case with one space after each."""
-        data = b""
+        """The text of ids. Cleaning is not undone: words come back in lower case with one space after each.
+
+        The pieces of a learnt word are that word once, if none is missing before its end.
+        """
+        data, tokens = b"", [""]
         for id in map(int, ids):
             if id not in self._names:
                 raise LDMError(f"The id {id} isn't in the tokenizer's vocabulary of {len(self)}.")
-            token = self._names[id]
-            if skip_special and token in self.added and self.added[token].special:
-                continue
-            known = all(symbol in BYTES for symbol in token)  # an added token may be written in any letters
-            data += bytes(BYTES[symbol] for symbol in token) if known else token.encode("utf-8")
+            tokens.append(self._names[id])
+        for before, token in pairwise(tokens):
+            if token in self._before:
+                data += b"" if self._before[token] == before else f"{clean_transformers(token)} ".encode()
+            elif not (skip_special and token in self.added and self.added[token].special):
+                known = all(symbol in BYTES for symbol in token)  # an added token may be written in any letters
+                data += bytes(BYTES[symbol] for symbol in token) if known else token.encode("utf-8")
         return data.decode("utf-8", errors="replace").replace(END, " ").strip()

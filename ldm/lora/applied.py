@@ -1,0 +1,296 @@
+"""LoRAs on a model: written into its weights, or computed beside its layers; and taken away without a trace.
+
+A LoRA lies on networks, not on a pipeline: each network keeps a stack of those that are on it, and of the weights that
+they change as these were before any came. Whatever comes or goes, a changed weight is computed anew from there,
+
+    W = cast(W0 + sum_i weight_i * dW_i)        in float32, for float64 weights in float64
+
+so its bits depend neither on what has been on it, nor on the order in which it came. So two pipelines that share a
+network see the same LoRAs, a deep copy has its own, and a network that is put in another's place has none; the one that
+left keeps what it has. Numbers that somebody else writes into a changed weight are lost when its stack changes.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ldm import memory
+from ldm.errors import LDMError, nearest, say_on_stderr
+from ldm.lora.algebra import Change
+from ldm.lora.file import Lora
+from ldm.lora.names import TEXT, TEXT_2, UNET
+
+if TYPE_CHECKING:
+    from ldm.parts import Parts
+
+PARTS = (UNET, TEXT, TEXT_2)
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """A LoRA that is on, or was: which, at what weight, and how much it changes.
+
+    name       the file's, with a number behind it where another of that name was on already
+    merged     written into the weights, or computed beside them
+    change     ||dW|| / ||W|| over all that it touches, at its weight: Frobenius norms, W without any LoRA
+    layers     the same of each parameter, "unet.mid_block.[...].to_q.weight"
+    number     which of those on its networks it was, in the order of their coming
+    """
+
+    name: str
+    lora: Lora
+    weight: float
+    merged: bool
+    change: float
+    layers: Mapping[str, float] = field(repr=False)
+    number: int = field(repr=False)
+
+    def __str__(self) -> str:
+        how = "merged" if self.merged else "beside the weights"
+        return f"{self.name} at {self.weight:g}, {how}: {len(self.layers)} weights changed by {percent(self.change)}"
+
+    __repr__ = __str__
+
+    def __deepcopy__(self, memo: dict) -> "Applied":
+        return self  # it never changes: a copied model's LoRAs are found by the same name and object
+
+
+@dataclass(eq=False)
+class Entry:
+    """A LoRA on one network: its changes by parameter, and what undoes the hooks of those that aren't merged."""
+
+    applied: Applied
+    changes: dict[str, Change]
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    @property
+    def place(self) -> tuple:
+        """Its place in the sum, which must not depend on when it came: float addition isn't associative."""
+        return self.applied.lora.place, self.applied.weight
+
+
+class Stack:
+    """What lies on one network, and the weights beneath it."""
+
+    def __init__(self):
+        self.entries: list[Entry] = []
+        self.untouched: dict[str, Tensor] = {}  # on the CPU: a second copy on a GPU would cost what it has least of
+
+    def put(self, network: nn.Module, entry: Entry) -> None:
+        self.entries.append(entry)
+        if entry.applied.merged:
+            self.refresh(network, entry.changes)
+            return
+        for key, change in entry.changes.items():
+            weight = network.get_parameter(key)
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            layer = network.get_submodule(key.rpartition(".")[0])
+            entry.handles.append(attach(layer, change.to(weight.device, exact), entry.applied.weight))
+
+    def take(self, network: nn.Module, entry: Entry) -> None:
+        self.entries.remove(entry)
+        while entry.handles:
+            entry.handles.pop().remove()
+        self.refresh(network, entry.changes)
+
+    def refresh(self, network: nn.Module, keys: Iterable[str]) -> None:
+        """Compute these weights anew from what lies beneath, which comes back where nothing lies on it any more."""
+        for key in keys:
+            weight = network.get_parameter(key)
+            entries = [each for each in self.entries if each.applied.merged and key in each.changes]
+            if entries:
+                if key not in self.untouched:
+                    self.untouched[key] = weight.data.cpu()
+                weight.data = self.summed(key, weight, sorted(entries, key=lambda each: each.place))
+            elif key in self.untouched:
+                weight.data = alike(self.untouched[key], weight)
+                del self.untouched[key]
+
+    def summed(self, key: str, weight: Tensor, entries: list[Entry]) -> Tensor:
+        """W0 + sum_i weight_i * dW_i. Raises LDMError if that is beyond the dtype's range."""
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        total = self.untouched[key].to(weight.device, exact)
+        for each in entries:
+            delta = each.changes[key].to(weight.device, exact).delta(weight.shape)
+            total = total + each.applied.weight * delta
+        found = torch.empty_like(weight.data).copy_(total)  # of the same layout (channels last)
+        if not all(end.isfinite() for end in found.aminmax()):
+            names = " and ".join(each.applied.name for each in entries)
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise LDMError(f"{names} would carry {key} beyond the range of {dtype}: take a smaller weight.")
+        return found
+
+
+def alike(untouched: Tensor, weight: Tensor) -> Tensor:
+    """The untouched weight where and as the changed one lies now: the very tensor, if nobody has moved or cast that."""
+    now = weight.data
+    if (untouched.device, untouched.dtype, untouched.stride()) == (now.device, now.dtype, now.stride()):
+        return untouched
+    return torch.empty_like(now).copy_(untouched)
+
+
+# ---------------------------------------------------------------------------------------------------- beside a layer
+
+
+class Beside:
+    """A forward hook that adds `weight` times a change to what its layer says."""
+
+    def __init__(self, change: Change, weight: float):
+        self.change, self.weight = change, weight
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]  # an offloaded layer's input is where it is computed, and its weights may be elsewhere
+        return output + (self.weight * self.change.to(x.device).beside(module, x)).to(output.dtype)
+
+
+def attach(module: nn.Module, change: Change, weight: float = 1.0) -> RemovableHandle:
+    """Add `weight` times the change to each call of a layer, y = Wx + weight * dW x, until `handle.remove()`.
+
+    The weights stay as they are. The change's factors may be parameters that are trained.
+    """
+    return module.register_forward_hook(Beside(change, weight))
+
+
+# ---------------------------------------------------------------------------------------------------- on and off
+
+
+def networks_of(pipe: "Parts") -> dict[str, nn.Module]:
+    """The networks that LoRAs change."""
+    return {part: network for part, network in pipe.parts().items() if part in PARTS}
+
+
+def stack_of(network: nn.Module) -> Stack:
+    """What lies on a network; an empty stack, not yet its own, where nothing does."""
+    return vars(network).get("loras") or Stack()
+
+
+def loras_on(networks: Iterable[nn.Module]) -> tuple[Applied, ...]:
+    """The LoRAs on these networks, in the order of their coming."""
+    found = {entry.applied: None for network in networks for entry in stack_of(network).entries}
+    return tuple(sorted(found, key=lambda applied: applied.number))
+
+
+@torch.no_grad()
+def add(pipe: "Parts", lora: Lora, weight: float = 1.0, merge: bool = True) -> Applied:
+    """Put a LoRA on a pipeline's networks, all of it or, with an LDMError, nothing; say on stderr what it changes."""
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+        raise LDMError(f"The weight of a LoRA must be a finite number, such as 0.8, not {weight!r}.")
+    weight, networks = float(weight), networks_of(pipe)
+    memory.send_home(pipe)
+    changes = lora.fit(networks)
+    on = loras_on(networks.values())
+    sizes = measured(networks, changes)
+    number = max((each.number for each in on), default=0) + 1
+    applied = Applied(unused(lora.name, on), lora, weight, bool(merge), *strength(sizes, weight), number)
+    done: list[tuple[nn.Module, Entry]] = []
+    try:
+        for part, found in changes.items():
+            done.append((networks[part], Entry(applied, found)))
+            put(*done[-1])
+    except BaseException:  # Ctrl-C, too
+        for network, entry in done:
+            take(network, entry)
+        raise
+    say_on_stderr(told(applied))
+    return applied
+
+
+@torch.no_grad()
+def remove(pipe: "Parts", lora: Applied | str) -> None:
+    """Take a LoRA off a pipeline's networks. Raises LDMError for one that isn't on."""
+    networks = networks_of(pipe)
+    on = loras_on(networks.values())
+    applied = next((each for each in on if lora is each or lora == each.name), None)
+    if applied is None:
+        names = [each.name for each in on]
+        asked = lora.name if isinstance(lora, Applied) else lora
+        have = f"; on are {', '.join(map(repr, names))}" if names else "; none is"
+        raise LDMError(f"There is no LoRA {asked!r} on this model{have}.{nearest(str(asked), names)}")
+    memory.send_home(SimpleNamespace(parts=lambda: networks))
+    done: list[tuple[nn.Module, Entry]] = []
+    try:
+        for network in networks.values():
+            for entry in [each for each in stack_of(network).entries if each.applied is applied]:
+                done.append((network, entry))
+                take(network, entry)
+    except BaseException:
+        for network, entry in done:
+            take(network, entry)
+            put(network, entry)
+        raise
+
+
+def put(network: nn.Module, entry: Entry) -> None:
+    stack = network.loras = stack_of(network)
+    stack.put(network, entry)
+
+
+def take(network: nn.Module, entry: Entry) -> None:
+    stack = stack_of(network)
+    if entry in stack.entries:
+        stack.take(network, entry)
+    else:  # what broke off in the middle of it
+        stack.refresh(network, entry.changes)
+    if not stack.entries:
+        vars(network).pop("loras", None)
+
+
+def unused(name: str, on: Iterable[Applied]) -> str:
+    """The name, or with the first number behind it that makes it another's of none."""
+    taken = {each.name for each in on}
+    names = (f"{name} ({k})" if k > 1 else name for k in range(1, len(taken) + 2))
+    return next(each for each in names if each not in taken)
+
+
+# ---------------------------------------------------------------------------------------------------- how much
+
+
+def measured(networks: Mapping[str, nn.Module], changes: Mapping[str, Mapping[str, Change]]) -> dict[str, tuple]:
+    """Of each parameter that changes: (||dW||, ||W||), W without any LoRA."""
+    sizes = {}
+    for part, found in changes.items():
+        untouched = stack_of(networks[part]).untouched
+        for key, change in found.items():
+            weight = untouched.get(key, networks[part].get_parameter(key).data)
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            norm = float(torch.linalg.vector_norm(weight, dtype=exact))
+            sizes[f"{part}.{key}"] = change.norm(), norm
+    return sizes
+
+
+def strength(sizes: Mapping[str, tuple[float, float]], weight: float) -> tuple[float, dict[str, float]]:
+    """||weight * dW|| / ||W||: over all, and of each."""
+    layers = {key: abs(weight) * ratio(delta, norm) for key, (delta, norm) in sizes.items()}
+    all_deltas, all_norms = (math.hypot(*column) for column in zip(*sizes.values(), strict=True))
+    return abs(weight) * ratio(all_deltas, all_norms), layers
+
+
+def ratio(delta: float, norm: float) -> float:
+    return delta / norm if norm else math.inf if delta else 0.0
+
+
+def percent(share: float) -> str:
+    """Two digits that say something: 3.1 %, 120 %, 0.0042 %."""
+    return f"{100 * share:.2g} %" if share < 1 else f"{100 * share:.0f} %"
+
+
+def told(applied: Applied) -> str:
+    """The line for stderr: what it is, what it touches, and how much that is."""
+    line = f"{applied.name}: {applied.lora}"
+    if applied.change == 0:
+        untrained = "for its factors are zero (it was never trained), or its alphas are"
+        why = untrained if applied.weight else "at weight 0"
+        return f"{line}; it changes nothing, {why}."
+    worst = max(applied.layers, key=applied.layers.get)
+    line += f"; at weight {applied.weight:g} it changes them by {percent(applied.change)}"
+    line += f" (the most in {worst.removesuffix('.weight')}, {percent(applied.layers[worst])})"
+    if applied.change > 1:
+        line += ": that is more than the weights themselves, so expect noise, and try a smaller weight"
+    return line + "."
