@@ -163,7 +163,7 @@ class Ensemble:
         its_own = {"prompt", "negative", "seed", "count", "handed", "image", "mask", "width", "height"}
         if taken := its_own & refined.keys():
             raise LDMError(f"The refiner goes on with the base's {min(taken)}: leave it out of refined.")
-        asked = {name: getattr(settings, name) for name in ("sampler", "rule", "eta", "guidance", "compat")}
+        asked = {name: getattr(settings, name) for name in ("sampler", "rule", "eta", "guidance", "compat", "dialect")}
         if "sampler" in refined:  # with whatever eta it has
             del asked["eta"]
         numbers = "timesteps" in refined or not isinstance(refined.get("sigmas", ""), str)  # levels one by one

@@ -15,6 +15,7 @@ from ldm.control import Seen, lead
 from ldm.errors import LDMError
 from ldm.guidance import (
     Network,
+    Output,
     Told,
     classifier_free,
     conditional,
@@ -25,6 +26,7 @@ from ldm.guidance import (
 )
 from ldm.models.blocks import guidance_embedding
 from ldm.models.unet import Extras, UNet
+from ldm.schedules import Level
 from ldm.sizes import Sizes
 from ldm.text.words import Words
 from ldm.tiles import tiled
@@ -90,6 +92,21 @@ def guided(
     if beside.image_guidance is not None:
         return text_and_image(halves, scale, beside.image_guidance)
     return classifier_free(halves, scale)
+
+
+def in_turn(networks: Sequence[Network], turns: Sequence[int], first: int) -> Network:
+    """At row `first` + k of the schedule the network of number `turns[k]`: words that change on the way.
+
+    It is the level's row that counts, so a method that looks at the next row asks with the next row's words. Before the
+    first of the `turns` it is that one, behind the last that one.
+    """
+    if len(networks) == 1:
+        return networks[0]
+
+    def network(x: Tensor, level: Level) -> Output:
+        return networks[turns[min(max(level.i - first, 0), len(turns) - 1)]](x, level)
+
+    return network
 
 
 def part(

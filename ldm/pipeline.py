@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm import pictures, tasks
+from ldm import pictures, tasks, told
+from ldm.added import Added
 from ldm.alone import draw_alone
 from ldm.control import Control, Seen, as_controls
 from ldm.diffusion import Prediction
@@ -31,9 +32,8 @@ from ldm.ensemble import handed_latent, handed_schedule
 from ldm.errors import LDMError, say_on_stderr
 from ldm.guidance import Network, denoiser
 from ldm.memory import is_offloaded
-from ldm.network import Beside, guided, tell, unguided
+from ldm.network import Beside
 from ldm.noise import Noise
-from ldm.parts import Parts
 from ldm.precision import cast, in_range, narrowed
 from ldm.run import Result, Run, finite
 from ldm.samplers import find_sampler
@@ -42,7 +42,7 @@ from ldm.sampling import Sampler, Step
 from ldm.schedules import Level, Schedule, alpha_bars
 from ldm.schedules.table import level_at
 from ldm.settings import Settings, check_rows, choose_levels, choose_settings, whole
-from ldm.text.words import Reader, Words, nothing, read
+from ldm.text.words import Words
 from ldm.tiles import in_tiles
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 TILE = 512  # pixels along a side of an upscaler's tiles: the size it was trained on
 
 
-class Pipeline(Parts):
+class Pipeline(Added):
     """The road through a model's parts (`ldm.parts`); `schedule(n)` makes the table for n steps."""
 
     # ------------------------------------------------------------------------------------------ the road
@@ -121,6 +121,7 @@ class Pipeline(Parts):
         mask       white is drawn anew, black is kept; with `paste`, bit for bit
         control    ControlNets and their pictures (`ldm.control.Control`), any number of them
         depth      what a depth-to-image model keeps: (H, W), larger is nearer; left out, its own estimator tells it
+        clip_skip  how many of the text encoders' last layers are left out: 1 is what the web UI calls clip skip 2
         latents    (B, C, h, w) of unit variance, or a `generator` (one for a single picture, or one a picture), replace
                    what the seeds would draw
         together   False runs the halves of guidance one after the other
@@ -158,9 +159,9 @@ class Pipeline(Parts):
         own = network is not None
         if network is None:
             seen = self.look(settings, schedule, control)
-            told = Beside(start.channels, settings.image_guidance, seen, *self.tiles(tile))
+            beside = Beside(start.channels, settings.image_guidance, seen, *self.tiles(tile))
             with self.precision():
-                network = self.network(settings, clip_skip, together, told)
+                network = self.network(settings, clip_skip, together, beside, schedule)
         elif control:
             raise LDMError("A network of your own is given: put the ControlNets into it (ldm.control), not beside it.")
         else:
@@ -225,19 +226,13 @@ class Pipeline(Parts):
         return choose_settings(self.model, prompt, **options)
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[str], clip_skip: int = 0) -> Words:
-        """Sentences -> what the text encoders say of them. Says on stderr what was cut off behind the 77th token."""
-        readers = [Reader(self.tokenizer, self.text_encoder)]
-        if self.text_encoder_2 is not None:
-            readers.append(Reader(self.tokenizer_2, self.text_encoder_2))
-        with self.precision():
-            words = read(readers, prompts, self.device, clip_skip, self.xl)
-        finite(words.context, "the text encoder")
-        return words
+    def read(self, prompts: Sequence[str], clip_skip: int = 0, dialect: str = "plain") -> Words:
+        """Sentences -> what the text encoders say of them (`ldm.told.read`)."""
+        return told.read(self, prompts, clip_skip, dialect)
 
-    def encode(self, prompts: Sequence[str], clip_skip: int = 0) -> Tensor:
-        """Sentences -> what the UNet reads, (B, 77, D)."""
-        return self.read(prompts, clip_skip).context
+    def encode(self, prompts: Sequence[str], clip_skip: int = 0, dialect: str = "plain") -> Tensor:
+        """Sentences -> what the UNet reads, (B, 77, D); in a dialect, 77 for each chunk of the longest."""
+        return self.read(prompts, clip_skip, dialect).context
 
     def schedule(self, steps: int | None = None, **options) -> Schedule:
         """The table of noise levels of a run: `steps`, sampler, rule, sigmas, timesteps, compat as in `steps`."""
@@ -323,33 +318,19 @@ class Pipeline(Parts):
 
     @torch.no_grad()
     def network(
-        self, settings: Settings, clip_skip: int = 0, together: bool = True, beside: Beside = Beside()
+        self,
+        settings: Settings,
+        clip_skip: int = 0,
+        together: bool = True,
+        beside: Beside = Beside(),
+        schedule: Schedule | None = None,
     ) -> Network:
-        """The UNet told what to draw, with classifier-free guidance unless its scale is 1 or less.
+        """The UNet told what to draw, with classifier-free guidance unless its scale is 1 or less (`ldm.told`).
 
-        A UNet distilled from guided ones (LCM) is told the scale instead.
+        `schedule` is the run's, if it isn't that of the settings: words may change with its rows.
         """
-        words = self.read(settings.prompt, clip_skip)
-        cond = tell(self.unet, words, settings.sizes, settings.noise_level, settings.guidance)
-        if settings.guidance <= 1 or self.distilled:
-            if any(settings.negative):
-                why = "In a model that is told its guidance" if self.distilled else "Without guidance (1 or less)"
-                say_on_stderr(f"{why} the negative prompt does nothing.")
-            return unguided(self.unet, cond, beside)
-        words = self.read_negative(settings.negative, words)
-        uncond = tell(self.unet, words, settings.negative_sizes, settings.noise_level)
-        return guided(self.unet, uncond, cond, settings.guidance, beside, together)
-
-    def read_negative(self, negative: Sequence[str | None], words: Words) -> Words:
-        """The negative prompts, and zeros where there is none; as in diffusers, clip_skip is the prompt's alone."""
-        if all(each is None for each in negative):
-            return nothing(words)
-        found = self.read([each or "" for each in negative])
-        zeros = [k for k, each in enumerate(negative) if each is None]
-        for tensor in found:
-            if tensor is not None:
-                tensor[zeros] = 0
-        return found
+        schedule = self.schedule_of(settings) if schedule is None else schedule
+        return told.network(self, settings, schedule, clip_skip, together, beside)
 
     @torch.no_grad()
     def decode(self, x0: Tensor, tile: int = 0) -> list[Image.Image]:

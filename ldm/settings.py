@@ -12,6 +12,7 @@ from ldm.schedules.config import as_read_for, find_rule
 from ldm.schedules.spacing import most_steps
 from ldm.schedules.table import count_steps, is_whole, numbers
 from ldm.sizes import Sizes, told_sizes
+from ldm.text.prompts import check_dialect
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,18 @@ class Settings(Levels):
     negative_sizes: Sizes | None = None
     denoising_start: float | None = None  # of an ensemble: the share of the road that is behind, and where it ends
     denoising_end: float | None = None
+    dialect: str = "plain"  # what the prompts' signs mean (`ldm.text.prompts`)
+
+    def road(self, schedule: Schedule) -> tuple[int, int, int]:
+        """The first row that is run, how many steps are behind there, and how many steps the road has as a whole.
+
+        Of a run by strength the road begins where it does; an ensemble's two runs are one road (the refiner's steps,
+        counted back from its end), and inversion walks all of it.
+        """
+        rows = self.rows(schedule) or range(len(schedule))
+        cut = max(self.steps - len(schedule), 0) if self.strength is None else 0  # what was handed over lies behind
+        behind = cut + (0 if self.strength is not None else rows.start)
+        return rows.start, behind, behind + len(schedule) - rows.start
 
     def rows(self, schedule: Schedule) -> range:
         """The rows of the schedule at which a step begins.
@@ -222,11 +235,13 @@ def choose_settings(
     width: int | None = None,
     height: int | None = None,
     count: int = 1,
+    dialect: str = "plain",
 ) -> Settings:
     """Fill in every default, and refuse with a sentence what cannot be drawn.
 
     prompt, negative          `count` pictures for each prompt, of seeds seed, seed + 1, ...; one negative, or one each.
                               None: the empty prompt, or what the model was trained with in its place (SDXL: zeros)
+    dialect                   what signs in both mean: "plain" nothing, "a1111" or "compel" (`ldm.text.prompts`)
     guidance                  1 or less runs the conditional model alone, in which `negative` has no part
     sampler, eta              one of `ldm.samplers.SAMPLERS`, and the share of fresh noise in those that have the choice
     steps, rule, sigmas, timesteps    the noise levels (`ldm.schedules.make_schedule`)
@@ -239,7 +254,7 @@ def choose_settings(
     sizes, negative_sizes     of SDXL: what each half of guidance is told of a picture's size (`ldm.sizes`)
     denoising_start, denoising_end    of an ensemble: shares of the road, 0.8 is where a refiner takes over
     """
-    d = model.defaults
+    d, dialect = model.defaults, check_dialect(dialect)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative] * len(prompts) if isinstance(negative, str | None) else list(negative)
     negatives = ["" if each is None and not model.zero_negative else each for each in negatives]
@@ -293,6 +308,7 @@ def choose_settings(
         negative_sizes=negative_sizes,
         denoising_start=denoising_start,
         denoising_end=denoising_end,
+        dialect=dialect,
     )
 
 

@@ -21,10 +21,12 @@ from ldm.cli import (
     fetch,
     generate,
     inspect,
+    merge,
     parity,
     rerun,
     samplers,
     schedule,
+    tokens,
     train,
 )
 from ldm.cli.options import Parser
@@ -37,12 +39,14 @@ COMMANDS = (
     condition,
     samplers,
     schedule,
+    tokens,
     evaluate,
     compare_samplers,
     train,
     fetch,
     inspect,
     convert,
+    merge,
     doctor,
     parity,
 )  # `ldm --help` has this order

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.lab.figures import INK, QUIET, SIGNED, Shown, canvas, show, title
 from ldm.lab.trace import Trace
 from ldm.pipeline import Pipeline
+from ldm.text.prompts.table import parts_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +76,8 @@ def cost(module: nn.Module, milliseconds: float) -> str:
 
 def words_half(ax: "Axes", pipe: Pipeline, trace: Trace, took: Mapping[str, float]) -> None:
     """Boxes 1 and 2: chips for tokens, a row of the heat map for each of their vectors."""
-    ids = pipe.tokenizer(trace.settings.prompt[0]).ids[0].tolist()
+    prompt, dialect = trace.settings.prompt[0], trace.settings.dialect
+    ids = pipe.tokenizer.frame([token.id for token in parts_of(pipe.tokenizer, prompt, dialect)[0].chunks[0]])
     box(ax, 2.2, 57.3, 1, "tokenizer", WORDS)
     for k, text in enumerate(["begin", *(word.text for word in trace.words[0]), "end"]):
         x, y = 3.8 + 6.2 * (k % 5), 51.8 - 5.4 * (k // 5)
@@ -85,7 +87,7 @@ def words_half(ax: "Axes", pipe: Pipeline, trace: Trace, took: Mapping[str, floa
     note(ax, 16.2, 42, f"{len(ids)} numbers: behind the “end” only more of it")
     arrow(ax, (32.4, 49.2), (37.4, 49.2))
     box(ax, 39.7, 57.3, 2, "text encoder", WORDS)
-    context = pipe.encode(trace.settings.prompt)
+    context = pipe.encode([prompt], dialect=dialect)
     image(ax, (38.5, 43.8), (24, 11), context[0].round())
     note(ax, 50.5, 42, f"{tuple(context.shape)}; {cost(pipe.text_encoder, took['2 text encoder'])}")
 

@@ -111,9 +111,11 @@ class Record:
     ) -> Tensor:
         """How much every position of the latent attends to these tokens together, (h, w): all 77 together are 1.
 
+        In a dialect there are 77 for each chunk of the prompt, and all of them together are 1.
+
         Averaged over what is left out: steps (or rather their calls), layers, heads. Every layer counts alike; coarse
         ones are enlarged bilinearly to `size`, which is the latent's if it isn't given.
-        tokens    positions among the 77; of a self-attention layer, among its h*w
+        tokens    positions among them; of a self-attention layer, among its h*w
         layer     a name, names, or a part of names: "mid_block", "up_blocks.1". Cross-attention, unless all are self-
         part      "cond" where that is recorded, or the only one there is; `picture` counts within the part
         run       needed if several were watched

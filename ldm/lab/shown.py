@@ -122,7 +122,7 @@ def maps_of(trace: "Trace", picture: int) -> tuple[list[str], Tensor, str]:
     """Words, their maps (words, n, h', w'), and a sentence where something about them is missing."""
     nothing, words = torch.zeros(0, len(trace.steps), 1, 1), trace.words[picture]
     if not words or not trace.steps:
-        return [], nothing, "" if trace.steps else TAKES_NONE
+        return [], nothing, trace.note(picture) if trace.steps else TAKES_NONE
     record, note = trace.record, ""
     try:
         if record.maps.every_call:

@@ -24,6 +24,8 @@ from ldm.sampling import Step
 from ldm.schedules import Schedule
 from ldm.schedules.table import is_whole
 from ldm.settings import Settings
+from ldm.text.prompts.schedules import stages
+from ldm.text.prompts.table import Part, parts_of
 from ldm.text.tokenizer import END, Tokenizer
 
 if TYPE_CHECKING:
@@ -31,22 +33,46 @@ if TYPE_CHECKING:
 
 
 class Word(NamedTuple):
-    """A word of a prompt, cleaned, and the positions of its pieces among the tokens; the begin token is position 0."""
+    """A word of a prompt, cleaned, and the positions of its pieces among the tokens; the begin token is position 0.
+
+    In a dialect, those of the second chunk follow those of the first: its begin token is position 77.
+    """
 
     text: str
     tokens: tuple[int, ...]
 
 
 def words_of(tokenizer: Tokenizer, prompt: str) -> tuple[Word, ...]:
-    """The words of a prompt, punctuation too. A word that was cut off behind the last token, or within, is left out."""
-    words, pieces = [], []
-    for position, piece in enumerate(tokenizer.pieces(prompt)[: tokenizer.max_length - 2], start=1):
-        pieces.append(piece)
-        if piece.endswith(END) or piece in tokenizer.added:
-            ids = [tokenizer.ids.get(each, tokenizer.unk_id) for each in pieces]
-            words.append(Word(tokenizer.decode(ids), tuple(range(position - len(pieces) + 1, position + 1))))
-            pieces = []
+    """The words of a plain prompt, punctuation too. A word that was cut off at the last token, or within, isn't one."""
+    return words_in(tokenizer, parts_of(tokenizer, prompt, "plain"))
+
+
+def words_in(tokenizer: Tokenizer, parts: Sequence[Part]) -> tuple[Word, ...]:
+    """The words of a prompt's parts, of which one stands behind the other. A learnt word is one, of several tokens."""
+    chunks = [chunk for part in parts for chunk in part.chunks]
+    placed = [(n * tokenizer.max_length + k, t) for n, chunk in enumerate(chunks) for k, t in enumerate(chunk, start=1)]
+    words, own, left = [], [], 0  # `left`: how many more tokens the learnt word has
+    for position, token in placed:
+        own.append((position, token.id))
+        left = left - 1 if left else len(tokenizer.words.get(token.piece, "1")) - 1
+        if not left and (token.piece.endswith(END) or token.piece in tokenizer.added):
+            positions, ids = zip(*own, strict=True)
+            words.append(Word(tokenizer.decode(ids), positions))
+            own = []
     return tuple(words)
+
+
+def words_told(tokenizer: Tokenizer, prompt: str, dialect: str, steps: int) -> tuple[tuple[Word, ...], str]:
+    """The words of a prompt in its dialect, or none and a sentence, where a position has several."""
+    if dialect == "a1111":
+        first, *others = stages(prompt, steps)
+        if others:
+            return (), "There are no attention maps of words, for the prompt has other words at other steps."
+        prompt = first.text
+    parts = parts_of(tokenizer, prompt, dialect)
+    if any(".blend" in part.title for part in parts):
+        return (), "There are no attention maps of words, for of a .blend() several words stand at each position."
+    return words_in(tokenizer, parts), ""
 
 
 @dataclass(repr=False)
@@ -61,6 +87,7 @@ class Trace:
     words: tuple[tuple[Word, ...], ...]  # of each picture's prompt
     decode: Callable[[Tensor], list[Image.Image]]  # clean latents (B, C, h, w) -> pictures
     seconds: tuple[float, ...]  # of each step, the watching included
+    notes: tuple[str, ...] = ()  # why a picture's prompt has no `words`, where it could have some
     _linear: Tensor | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
@@ -115,6 +142,8 @@ class Trace:
             return word.tokens
         if not isinstance(word, str):
             return word
+        if self.note(picture):
+            raise LDMError(self.note(picture))
         found = [each for each in self.words[picture] if each.text == word.lower()]
         if len(found) != 1:
             known = [each.text for each in self.words[picture]]
@@ -124,6 +153,10 @@ class Trace:
                 f"{'' if found else nearest(word, known)}"
             )
         return found[0].tokens
+
+    def note(self, picture: int) -> str:
+        """Why a picture's prompt has no words to tell maps by, or ""."""
+        return self.notes[picture] if self.notes else ""
 
     def check_picture(self, picture: int) -> None:
         """Raise LDMError if the run drew no picture of that number."""
@@ -192,5 +225,7 @@ def trace(
             seconds.append(time.perf_counter() - begun)
             begun = time.perf_counter()
         result = run.finish(steps[-1].x if steps else run.x)
-    words = tuple(words_of(pipe.tokenizer, text) for text in run.settings.prompt)
-    return Trace(run.settings, run.schedule, steps, record, result, words, run.decode, tuple(seconds))
+    settings = run.settings
+    told = [words_told(pipe.tokenizer, text, settings.dialect, len(run.schedule)) for text in settings.prompt]
+    words, notes = zip(*told, strict=True)
+    return Trace(settings, run.schedule, steps, record, result, words, run.decode, tuple(seconds), notes)

@@ -144,11 +144,13 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, L, C)
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:  # (B, L, C)
+        """`seen` (B, 1, L, L), of who looks at whom, takes the place of `causal`."""
         q, k, v = (
             p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, heads, L, C/heads)
+        causal = self.causal and seen is None
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)  # (B, heads, L, C/heads)
         return self.out_proj(h.transpose(1, 2).flatten(2))
 
 
@@ -173,8 +175,8 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), seen)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -223,11 +225,14 @@ class TextEncoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.final_layer_norm.weight.dtype
 
-    def forward(self, ids: Tensor) -> TextStates:
-        """`ids` (B, L), begin and end of text included."""
-        hidden = [self.embeddings(ids)]
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> TextStates:
+        """`ids` (B, L), begin and end of text included. Tokens where the `mask` (B, L) is False are seen by none."""
+        hidden, seen = [self.embeddings(ids)], None
+        if mask is not None:
+            behind = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+            seen = mask[:, None, None].bool() & behind  # (B, 1, L, L)
         for layer in self.encoder.layers:
-            hidden.append(layer(hidden[-1]))
+            hidden.append(layer(hidden[-1], seen))
         last = self.final_layer_norm(hidden[-1])
         pooled = last[torch.arange(len(ids), device=ids.device), self.end_of_text(ids)]  # (B, C)
         if self.config.with_projection:
@@ -242,9 +247,9 @@ class TextEncoder(nn.Module):
         eos = self.config.eos_token_id
         return ids.argmax(dim=-1) if eos == 2 else (ids == eos).int().argmax(dim=-1)
 
-    def context(self, ids: Tensor, clip_skip: int = 0) -> Tensor:
+    def context(self, ids: Tensor, clip_skip: int = 0, mask: Tensor | None = None) -> Tensor:
         """What the UNet reads: (B, L, C), the output of the last layer or of `clip_skip` layers earlier, normed."""
-        return self.final_layer_norm(self.earlier(self(ids), clip_skip))
+        return self.final_layer_norm(self.earlier(self(ids, mask), clip_skip))
 
     def earlier(self, states: TextStates, layers: int, clip_skip: int | None = None) -> Tensor:
         """The output (B, L, C) of so many layers before the last, not normed. Raises LDMError if there aren't so many.

@@ -38,26 +38,33 @@ def read(
 ) -> Words:
     """What Stable Diffusion reads of each prompt, or SDXL (`xl`; Podell et al. 2023, section 2.1).
 
-    `clip_skip` leaves out so many more layers. Says on stderr what was cut off behind the 77th token.
+    `clip_skip` leaves out so many more layers: 1 is what the web UI calls clip skip 2. Says on stderr what was cut off
+    behind the 77th token; dialects read it in chunks (`ldm.text.prompts`).
     """
     said, contexts, pooled = {}, [], None
-    for tokenizer, encoder in readers:
-        tokens = tokenizer(list(prompts))
+    for reader in readers:
+        tokens, length = reader.tokenizer(list(prompts)), reader.tokenizer.max_length
         said |= dict.fromkeys(
-            f"The prompt is longer than {tokenizer.max_length} tokens; this part is not read: {cut!r}"
-            for cut in tokens.cut
-            if cut
+            f"The prompt is longer than {length} tokens; this part is not read: {cut!r}" for cut in tokens.cut if cut
         )
-        ids = tokens.ids.to(device)
-        if not xl:
-            contexts.append(encoder.context(ids, clip_skip))
-            continue
-        states = encoder(ids)
-        contexts.append(encoder.earlier(states, 1 + clip_skip, clip_skip))
-        pooled = states.pooled  # the last encoder's is kept
+        context, pooled = vectors(reader, tokens.ids.to(device), clip_skip, xl)  # the last encoder's pooled is kept
+        contexts.append(context)
     for sentence in said:
         say_on_stderr(sentence)
     return Words(torch.cat([context.to(contexts[-1]) for context in contexts], dim=-1), pooled)
+
+
+def vectors(
+    reader: Reader, ids: Tensor, clip_skip: int = 0, xl: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What one text encoder says of ids (B, L): (B, L, its width), and of SDXL's second the pooled vector (B, J).
+
+    `mask` (B, L): tokens where it is False are seen by none.
+    """
+    if not xl:
+        return reader.encoder.context(ids, clip_skip, mask), None
+    states = reader.encoder(ids, mask)
+    return reader.encoder.earlier(states, 1 + clip_skip, clip_skip), states.pooled
 
 
 def nothing(words: Words) -> Words:

@@ -1,0 +1,100 @@
+"""`ldm tokens`: what a prompt becomes before a text encoder reads it. Of the model only its tokenizers are read."""
+
+import argparse
+import json
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+from ldm.cli import added
+from ldm.cli.options import add_model, allow_pickle, one_of, whole
+from ldm.text.prompts import DIALECTS
+
+if TYPE_CHECKING:
+    from ldm.checkpoints.checkpoint import Checkpoint
+    from ldm.cli.added import Wish
+    from ldm.text.embeddings import Plain
+    from ldm.text.tokenizer import Tokenizer
+
+HELP = """Print the tokens of a prompt, as each text encoder of the model reads them: chunk by chunk, their position,
+piece, id and weight, what was cut off, and of prompts that change on the way at which steps they are what.
+
+  ldm tokens "a (red:1.3) house, [in fog:at night:0.5]" --dialect a1111 --steps 20
+  ldm tokens "a red++ house" --dialect compel --model sdxl
+
+"a</w>" ends a word, "ligh" doesn't. A number in the last column is a weight other than 1."""
+
+
+def add(commands: "argparse._SubParsersAction") -> None:
+    p = commands.add_parser("tokens", help="print the tokens of a prompt, their weights and chunks", description=HELP)
+    p.set_defaults(run=run, parser=p)
+    p.add_argument("prompt", help="the sentence, in quotation marks")
+    add_model(p)
+    allow_pickle(p)
+    p.add_argument(
+        "--dialect", type=one_of(DIALECTS), default="plain", metavar="NAME",
+        help="what its signs mean: plain (nothing, the default), a1111 or compel",
+    )  # fmt: skip
+    p.add_argument("--steps", type=whole(1), metavar="N", help="of the run, where words change on the way")
+    p.add_argument(
+        "--embedding", type=added.embedding, action="append", default=[], metavar="FILE[:WORD]",
+        help="a learnt word, which may be several tokens, or the name of an embedded one; may be given several times",
+    )  # fmt: skip
+    p.add_argument("--json", action="store_true", help="the same for a program")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ldm.checkpoints.places import INDEX, check_here, find_model
+    from ldm.errors import say_on_stderr
+    from ldm.loading import open_checkpoint
+    from ldm.text.prompts.table import tokens_of
+
+    check_here(str(args.model), None, args.allow_pickle)
+    checkpoint = open_checkpoint(
+        find_model(args.model, INDEX, None, args.allow_pickle), None, "transformers", args.allow_pickle
+    )
+    steps = args.steps or checkpoint.defaults.steps
+    found = tokens_of(with_words(checkpoint, args.embedding, args.allow_pickle), args.prompt, args.dialect, steps)
+    for line in found.notices:
+        say_on_stderr(line)
+    if args.json:
+        print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
+    print("\n".join(found.lines(width)))
+
+
+def with_words(checkpoint: "Checkpoint", wishes: "list[Wish]", allow_pickle: bool) -> "dict[str, Tokenizer]":
+    """The model's tokenizers by their encoders' names, with the words of embeddings. Raises LDMError as adding does."""
+    from ldm.checkpoints.places import find_file
+    from ldm.text import embeddings
+
+    plain, on = plain_of(checkpoint), {}
+    for wish in wishes:
+        opened = embeddings.open_embedding(find_file(wish.name, embeddings.FILE), allow_pickle)
+        word = opened.word if wish.value is None else wish.value
+        embeddings.check_fit(opened, plain)
+        embeddings.check_word(word, opened, plain, on)
+        on[word] = embeddings.replace(opened, word=word)
+    found = {}
+    for part, before in plain.items():
+        first, ids = len(before.table), {}
+        for word, each in on.items():
+            ids[word] = range(first, first + each.count)
+            first += each.count
+        found[part] = before.tokenizer.with_words(ids) if ids else before.tokenizer
+    return found
+
+
+def plain_of(checkpoint: "Checkpoint") -> "dict[str, Plain]":
+    """The text encoders without their numbers: names, tokenizers and the sizes of their tables."""
+    import torch
+
+    from ldm.text.embeddings import Plain
+
+    found = {}
+    for name, tokenizer in checkpoint.tokenizers.items():
+        part = name.replace("tokenizer", "text_encoder")
+        config = checkpoint.configs[part]
+        found[part] = Plain(part, tokenizer, config, torch.empty(config.vocab_size, config.hidden_size, device="meta"))
+    return found
