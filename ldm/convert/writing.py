@@ -10,7 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +70,7 @@ class Ours:
 class Source:
     """What is to be written: a whole `model`, or one network alone; `weights` gives each one's tensors, by our names.
 
-    `title`: its name, for the metadata.
+    `title`: its name, for the metadata; `remarks`: what more these are to say.
     """
 
     place: Path
@@ -78,6 +78,7 @@ class Source:
     configs: Mapping[str, Any]
     weights: Mapping[str, Ours]
     model: Checkpoint | None = None
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
     def bytes(self, dtype: torch.dtype | None) -> int:
         """How much room the numbers take, as that type or as those they have."""
@@ -184,11 +185,11 @@ def write_folder(source: Source, target: Path, dtype: torch.dtype | None, tick: 
     with atomic_folder(target) as new:
         if model is None:
             ((part, config),) = source.configs.items()
-            write_part(new, part, config, source.weights[part], dtype, tick)
+            write_part(new, part, config, source, dtype, tick)
             return ()
         for part, config in source.configs.items():
             (new / part).mkdir()
-            write_part(new / part, part, config, source.weights[part], dtype, tick)
+            write_part(new / part, part, config, source, dtype, tick)
         for name, tokenizer in model.tokenizers.items():
             save_tokenizer(tokenizer, new / name)
         for name, scheduler in (("scheduler", model.scheduler), ("low_res_scheduler", model.low_res)):
@@ -201,8 +202,9 @@ def write_folder(source: Source, target: Path, dtype: torch.dtype | None, tick: 
     return ()
 
 
-def write_part(folder: Path, part: str, config: Any, tensors: Ours, dtype: torch.dtype | None, tick: Tick) -> None:
+def write_part(folder: Path, part: str, config: Any, source: Source, dtype: torch.dtype | None, tick: Tick) -> None:
     """One network's configuration and weights."""
+    tensors = source.weights[part]
     write_json(folder / CONFIG, config.to_json())
     stem = NETWORKS[part].stem if part in NETWORKS else STEM
     # The outer `text_model.` is what every version of transformers reads; the projection lies outside of it.
@@ -211,7 +213,7 @@ def write_part(folder: Path, part: str, config: Any, tensors: Ours, dtype: torch
         (key if key.startswith("text_projection") else outer + key): (lambda key=key: tensors.read(key))
         for key in tensors.names
     }
-    save_weights(Lazy(reads), folder / f"{stem}.safetensors", dtype, wrote=tick)
+    save_weights(Lazy(reads), folder / f"{stem}.safetensors", dtype, dict(source.remarks), wrote=tick)
 
 
 def write_file(
@@ -225,7 +227,7 @@ def write_file(
         reads |= marks(model)
         if "depth_estimator" in model.index:
             say_on_stderr(f"{source.place}: its depth_estimator has no place in a single file and is left out.")
-    said = metadata(source.configs, model, source.title)
+    said = metadata(source.configs, model, source.title) | source.remarks
     beside = {} if model is None else beside_file(target, model.tokenizers, overwrite)
     with ExitStack() as stack:  # the folders take their places when the file has
         for folder, tokenizer in beside.items():

@@ -218,7 +218,10 @@ def save_weights(
     if not all(isinstance(word, str) for pair in (metadata or {}).items() for word in pair):
         raise LDMError(f"Cannot write {path}: metadata must be strings; write numbers as text.")
     codes = {t: code for code, t in DTYPES.items()}
-    kinds = {n: dtype if dtype and t.is_floating_point() else t.dtype for n, t in tensors.items()}
+    kinds, shapes = {}, {}
+    for name, tensor in tensors.items():  # once: some are computed when they are asked for
+        kinds[name] = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        shapes[name] = tensor.shape
     for name, kind in kinds.items():
         if not (name.isascii() and name.isprintable()) or name == "__metadata__" or kind not in codes:
             raise LDMError(
@@ -229,8 +232,8 @@ def save_weights(
     header: dict = {"__metadata__": {"format": "pt", **(metadata or {})}}  # transformers refuses a file without format
     end = 0
     for name in names:
-        start, end = end, end + tensors[name].numel() * kinds[name].itemsize
-        header[name] = {"dtype": codes[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        start, end = end, end + shapes[name].numel() * kinds[name].itemsize
+        header[name] = {"dtype": codes[kinds[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8
     with atomic_file(path) as file:
