@@ -345,9 +345,8 @@ def test_a_pickled_checkpoint(models, tmp_path):
 @pytest.mark.parametrize(
     "shapes, kind",
     [
-        ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": [4, 8]}, "lora"),
+        ({"lora_controlnet": [1]}, "controlnet-lora"),
         ({"double_blocks.0.img_attn.qkv.weight": [9, 3]}, "flux"),
-        ({"emb_params": [2, 768]}, "embedding"),
         ({"adapter.body.0.resnets.0.block1.weight": [4, 4, 3, 3]}, "adapter"),
         ({"some.thing": [3]}, "unknown"),
     ],

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli import added
 from ldm.cli.options import LEVELS, READING, add_levels, add_model_options, one_of, open_model, real, said, whole
 from ldm.errors import LDMError
 
@@ -38,13 +39,17 @@ def add(commands: "argparse._SubParsersAction") -> None:
     p.add_argument(
         "--grid", metavar="PNG", help="with --control: draw four scenes at every scale, and write them there"
     )
+    added.add(p.add_argument_group(added.TITLE))
     add_levels(p.add_argument_group("the levels of noise (what is left out is as the model's folder says)"))
 
 
 def run(args: argparse.Namespace) -> None:
     from ldm.metrics.evaluation import evaluate
 
-    pipe, _ = open_model(args.model, args.dtype, args.device, reading=said(args, READING))
+    additions = added.find(added.wishes(args), args.allow_pickle)
+    if additions.found and args.out:
+        raise LDMError("--out tells pictures apart by their model alone: leave it out, or what is added to the model.")
+    pipe, _ = open_model(args.model, args.dtype, args.device, None, said(args, READING), additions)
     pipe.schedule(**said(args, LEVELS))  # refuses at once what the model cannot do
     if args.control:
         return run_control(args, pipe)

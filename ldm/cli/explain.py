@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli import added
 from ldm.cli.generate import add_settings
 from ldm.cli.options import (
     LEVELS,
@@ -15,6 +16,7 @@ from ldm.cli.options import (
     SEED,
     add_memory,
     add_model_options,
+    one_of,
     open_model,
     progress,
     real,
@@ -23,6 +25,7 @@ from ldm.cli.options import (
 )
 from ldm.errors import LDMError, say_on_stderr
 from ldm.io.atomic import check_writable
+from ldm.text.prompts import DIALECTS
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -41,8 +44,8 @@ the predicted picture, the attention to each word, and what guidance adds.
 The page is one file, and needs no network. Any of the options --with-... draws a second run and puts it beside the
 first: it is as the first one but for what they say."""
 
-SETTINGS = ("negative", *LEVELS, "guidance", "eta", "width", "height", "seed", "clip_skip")
-BESIDE = ("prompt", "seed", "negative", "steps", "sampler", "guidance")  # what --with-... can change
+SETTINGS = ("negative", *LEVELS, "guidance", "eta", "width", "height", "seed", "clip_skip", "dialect")
+BESIDE = ("prompt", "seed", "negative", "steps", "sampler", "guidance", "dialect")  # what --with-... can change
 
 
 def add(commands: "argparse._SubParsersAction") -> None:
@@ -53,6 +56,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     p.add_argument("--overwrite", action="store_true", help="replace whatever has the name of the page")
     add_model_options(p)
     add_settings(p.add_argument_group("the picture (what is left out is as the model's folder says)"))
+    added.add(p.add_argument_group(added.TITLE))
     add_memory(p.add_argument_group("memory and time"))
     second = p.add_argument_group("a second run beside it")
     second.add_argument("--with-prompt", metavar="TEXT", help="of these words")
@@ -61,12 +65,14 @@ def add(commands: "argparse._SubParsersAction") -> None:
     second.add_argument("--with-steps", type=whole(1), metavar="N", help="of so many steps")
     second.add_argument("--with-sampler", metavar="NAME", help="by this method")
     second.add_argument("--with-guidance", type=real(), metavar="SCALE", help="guided so strongly")
+    second.add_argument("--with-dialect", type=one_of(DIALECTS), metavar="NAME", help="its prompt read so")
 
 
 def run(args: argparse.Namespace) -> None:
     path = Path(args.out)
     prepare_page(path, args.overwrite)
-    pipe, _ = open_model(args.model, args.dtype, args.device, said(args, MEMORY), said(args, READING))
+    additions = added.find(added.wishes(args), args.allow_pickle)
+    pipe, _ = open_model(args.model, args.dtype, args.device, said(args, MEMORY), said(args, READING), additions)
     runs = [{"prompt": args.prompt, **said(args, SETTINGS)}]
     changes = {name: getattr(args, f"with_{name}") for name in BESIDE}
     changes = {name: value for name, value in changes.items() if value is not None}

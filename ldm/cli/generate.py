@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import given, wishes
+from ldm.cli import added, given, wishes
 from ldm.cli.draw import draw, explain
 from ldm.cli.inside import SHEET, Inside, other_run
 from ldm.cli.options import (
@@ -17,6 +17,7 @@ from ldm.cli.options import (
     add_levels,
     add_memory,
     add_model_options,
+    one_of,
     open_model,
     progress,
     real,
@@ -24,9 +25,10 @@ from ldm.cli.options import (
     whole,
 )
 from ldm.cli.plan import Job, batches, make_folder, obstacle, plan, prepare, prepare_sheet, read_prompts
-from ldm.cli.record import DECIDES, make_record, pixel_hash, told_of_memory, told_of_reading
+from ldm.cli.record import DECIDES, make_record, pixel_hash, told_of_additions, told_of_memory, told_of_reading
 from ldm.errors import LDMError
 from ldm.io.png import save_png
+from ldm.text.prompts import DIALECTS
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 # Options that `ldm.settings.choose_settings` knows.
 SETTINGS = (
     "negative", *LEVELS, "guidance", "eta", "width", "height", "strength", "steps_are", "image_guidance", "noise_level",
-    "sizes", "negative_sizes",
+    "sizes", "negative_sizes", "dialect",
 )  # fmt: skip
 MOST_PIXELS = 16_384  # along a side: beyond it is a slip of the finger, and would only eat the memory
 
@@ -46,6 +48,7 @@ HELP = """Draw pictures from a sentence, or from a file of sentences.
   ldm generate "a large red house on snow at night" --seed 7 --out picture.png
   ldm generate "a small blue fish" --count 4 --save-steps inside/
   ldm generate --prompts prompts.txt --out pictures/
+  ldm generate "a house" --lora style.safetensors:0.8 --lora scenes-neon:0.3 --dialect a1111
 
 Each PNG carries its prompt, seed, settings and the model's hash: `ldm rerun picture.png` draws it again."""
 
@@ -72,6 +75,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     p.add_argument("--save-steps", metavar="DIR", help="write the predicted picture at every step, and a contact sheet")
     add_model_options(p)
     add_settings(p.add_argument_group("the pictures (what is left out is as the model's folder says)"))
+    added.add(p.add_argument_group(added.TITLE))
     wishes.add(p.add_argument_group("pictures given (see below)"))
     add_memory(p.add_argument_group("memory and time"))
     batch = p.add_argument_group("several pictures")
@@ -87,6 +91,10 @@ def add_settings(p: "argparse._ArgumentGroup") -> None:
     """What decides how a picture looks. Left out, most are as the model's folder says."""
     p.add_argument("--seed", type=SEED, default=0, help="picture k of a prompt is drawn from SEED + k (default: 0)")
     p.add_argument("--negative", metavar="TEXT", help="what to steer away from")
+    p.add_argument(
+        "--dialect", type=one_of(DIALECTS), metavar="NAME", help="how prompts are read: plain (default), a1111 with "
+        "(word:1.2), BREAK, [a:b:0.5] and more than 77 tokens, or compel with word++; `ldm tokens` shows it",
+    )  # fmt: skip
     p.add_argument(
         "--guidance",
         type=real(),
@@ -156,7 +164,10 @@ class Drawing:
         self.args, self.several = args, args.count > 1 or args.prompts is not None
         self.memory = said(args, MEMORY)
         self.reading = said(args, READING)
-        self.pipe, self.model_hash = open_model(args.model, args.dtype, args.device, self.memory, self.reading)
+        self.additions = added.find(added.wishes(args), args.allow_pickle)
+        self.pipe, self.model_hash = open_model(
+            args.model, args.dtype, args.device, self.memory, self.reading, self.additions
+        )
         self.given = given.open_given(wishes.wishes(args), self.pipe, args.model, self.memory, self.reading)
         self.options = given.sized(self.given, self.pipe, said(args, SETTINGS))
 
@@ -166,7 +177,8 @@ class Drawing:
     def record(self, job: Job, batch: int = 1) -> dict:
         settings, clip_skip = self.settings(job), self.args.clip_skip
         record = make_record(self.pipe, self.args.model, self.model_hash(), settings, clip_skip, batch, self.given)
-        return record | {"memory": told_of_memory(self.memory), "reading": told_of_reading(self.reading)}
+        told = {"memory": told_of_memory(self.memory), "reading": told_of_reading(self.reading)}
+        return record | told | told_of_additions(self.additions)
 
     def inside(self, job: Job) -> Path:
         """Where the steps of this picture go: the folder itself, or one inside it for each of several pictures."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli.plan import make_folder
-from ldm.cli.record import DECIDES, differences
+from ldm.cli.record import BEFORE, DECIDES, differences
 from ldm.errors import LDMError
 from ldm.io.png import read_settings, save_png
 
@@ -49,7 +49,7 @@ def other_run(folder: Path, record: dict) -> str | None:
     """Why `folder` may not be used without asking: it shows another run than that of `record`. None if it may."""
     for path in files(folder):
         try:
-            same = not differences(read_settings(path), record, tuple(DECIDES))
+            same = not differences(BEFORE | read_settings(path), record, tuple(DECIDES))
         except LDMError:
             same = False
         if not same:

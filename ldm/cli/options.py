@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
+    from ldm.cli.added import Additions
     from ldm.pipeline import Pipeline
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -260,11 +261,16 @@ def find_device(name: str) -> "torch.device":
 
 
 def open_model(
-    name: str, dtype: str, device: str, wish: dict | None = None, reading: dict | None = None
+    name: str,
+    dtype: str,
+    device: str,
+    wish: dict | None = None,
+    reading: dict | None = None,
+    additions: "Additions | None" = None,
 ) -> tuple["Pipeline", Callable[[], str]]:
     """The model, and a function that tells its hash: that is computed meanwhile, for large models take seconds.
 
-    `wish`: what of `MEMORY` was said; `reading`: what of `READING`.
+    `wish`: what of `MEMORY` was said; `reading`: what of `READING`; `additions`: what is added to it.
     """
     from ldm.checkpoints.places import INDEX, find_model
     from ldm.io.folders import folder_hash
@@ -278,6 +284,8 @@ def open_model(
     found = dtypes_of(dtype)
     kept = "cpu" if "offload" in wish else where
     pipe = load(place, found if len(found) > 1 else found["rest"], kept, **reading)
+    if additions is not None:
+        additions.put_on(pipe)
     if wish:
         save_memory(pipe, wish, where)
     return pipe, model_hash.result

@@ -14,6 +14,7 @@ from ldm.io.png import read_settings
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ldm.cli.added import Additions
     from ldm.cli.given import Given
     from ldm.pipeline import Pipeline
     from ldm.settings import Settings
@@ -26,10 +27,11 @@ DECIDES = {
     "timesteps": NUMBERS | None, "compat": bool, "guidance": float, "eta": float, "width": int, "height": int,
     "clip_skip": int, "dtype": str, "model_hash": str, "strength": float | None, "image_guidance": float | None,
     "noise_level": int | None, "given": dict, "sizes": dict | None, "negative_sizes": dict | None,
-    "autocast": str | None,
+    "autocast": str | None, "dialect": str, "added": WORDS,
 }  # fmt: skip
 # Where it was drawn: numbers may be rounded otherwise elsewhere. `batch` is how many pictures were drawn together.
-# `pictures` are the words of the command line that name the pictures given; `given` is what they were.
+# `pictures` are the words of the command line that name the pictures given; `given` is what they were. So are
+# `additions` and `added` of what was added to the model.
 # `memory` are the switches of `ldm.memory`; `reading`, which of the model's weights were taken, and as what.
 SURROUNDS = {
     "model": str,
@@ -38,6 +40,7 @@ SURROUNDS = {
     "version": str,
     "torch": str,
     "pictures": WORDS,
+    "additions": WORDS,
     "memory": WORDS,
     "reading": WORDS,
 }
@@ -50,6 +53,7 @@ BEFORE |= {
     "memory": [],
 }  # nor those that were drawn before ldm knew SDXL
 BEFORE |= {"reading": []}  # nor those that were drawn before it read more than folders
+BEFORE |= {"dialect": "plain", "added": [], "additions": []}  # nor those before it knew LoRAs, words and dialects
 
 
 def make_record(
@@ -67,6 +71,8 @@ def make_record(
         "seed": seed,
         **fields,
         "clip_skip": clip_skip,
+        "added": [],
+        "additions": [],
         "given": given.record(),
         "pictures": given.words(),
         "dtype": dtype_of(pipe),
@@ -80,6 +86,11 @@ def make_record(
         "version": __version__,
         "torch": str(torch.__version__),
     }
+
+
+def told_of_additions(additions: "Additions") -> dict:
+    """What was added to the model, as a record has it: what it was, and the words of the command line that name it."""
+    return {"added": additions.record(), "additions": additions.words()}
 
 
 def told_of_memory(switches: dict) -> list[str]:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import given, wishes
+from ldm.cli import added, given, wishes
 from ldm.cli.draw import draw
 from ldm.cli.generate import SETTINGS
 from ldm.cli.options import (
@@ -21,9 +21,19 @@ from ldm.cli.options import (
     said,
 )
 from ldm.cli.plan import prepare_file
-from ldm.cli.record import SURROUNDS, differences, make_record, pixel_hash, read_record, reading_of, told_of_memory
+from ldm.cli.record import (
+    SURROUNDS,
+    differences,
+    make_record,
+    pixel_hash,
+    read_record,
+    reading_of,
+    told_of_additions,
+    told_of_memory,
+)
 from ldm.errors import LDMError
 from ldm.io.png import save_png
+from ldm.text.prompts import DIALECTS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +51,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     p.add_argument("--model", help="the model, if it is not where it was (default: the one the picture names)")
     p.add_argument("--out", metavar="PNG", help="write the new picture there (default: it is only compared)")
     p.add_argument("--overwrite", action="store_true", help="replace whatever --out names")
+    added.add(p, "where it is now, if it is not where it was; its weight or word is as the picture says")
     add_device(p, default=None)
     allow_pickle(p)
     add_memory(p.add_argument_group("memory and time"), autocast=False)
@@ -54,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         dtypes_of(old["dtype"])
     except argparse.ArgumentTypeError:
-        raise torn(args.picture) from None
-    if old["autocast"] not in (None, *CASTS):
-        raise torn(args.picture)
+        raise added.torn(args.picture) from None
+    if old["autocast"] not in (None, *CASTS) or old["dialect"] not in DIALECTS:
+        raise added.torn(args.picture)
     if args.out:
         prepare_file(Path(args.out), args.overwrite)
     new_image, new = draw_again(args, old, image.size)
@@ -66,10 +77,6 @@ def run(args: argparse.Namespace) -> int:
     return report(args.picture, old, image, new, new_image)
 
 
-def torn(path: str) -> LDMError:
-    return LDMError(f"{path}: the picture and its settings don't belong together; it was changed since.")
-
-
 def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tuple["Image.Image", dict]:
     """The new picture, drawn alone, and its record; `size` is that of the old picture."""
     from ldm.checkpoints.places import check_here
@@ -77,13 +84,14 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
     reading = reading_of(old) | said(args, ("allow_pickle",))
     memory = said(args, MEMORY) | ({} if old["autocast"] is None else {"autocast": old["autocast"]})
     wish = wishes.read_words(old["pictures"], args.picture)
+    additions = added.find_again(old, args, args.picture)
     try:
         if not args.model:
             check_here(old["model"], reading.get("variant"), args.allow_pickle)
         for name, variant in wishes.models(wish, given.variant_of_others(reading)).items():
             check_here(name, variant, args.allow_pickle)
         device = args.device or device_of(old)
-        pipe, model_hash = open_model(args.model or old["model"], old["dtype"], device, memory, reading)
+        pipe, model_hash = open_model(args.model or old["model"], old["dtype"], device, memory, reading, additions)
     except LDMError as error:
         hint = "" if args.model else f" (The picture names the model {old['model']!r}; --model says where it is now.)"
         raise LDMError(f"{error}{hint}") from error
@@ -96,7 +104,7 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
             raise LDMError(f"{args.picture}: what was given as {name} is another one now, so it can't be drawn again.")
     settings = pipe.settings(old["prompt"], **options)
     if opened.size(settings, pipe.vae.config.factor) != size:
-        raise torn(args.picture)
+        raise added.torn(args.picture)
     with progress(opened.total(pipe, settings)) as bar:
         bar.set_description("drawing again")
         bar.clear()
@@ -104,6 +112,7 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
     name = args.model or old["model"]
     record = make_record(pipe, name, model_hash(), settings, old["clip_skip"], batch=1, given=opened)
     told = {"memory": told_of_memory(memory), "reading": old["reading"]}
+    told |= told_of_additions(additions)
     return result.images[0], record | told | {"pixels": pixel_hash(result.images[0])}
 
 

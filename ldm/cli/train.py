@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from ldm.cli.options import SEED, add_device, find_device, one_of, real, whole
-from ldm.errors import LDMError
+from ldm.errors import LDMError, say_on_stderr
 
 # In the order in which they build on each other; each is a module of `ldm.train` with a `Recipe` and a `train`.
 STAGES = {
@@ -18,6 +18,9 @@ STAGES = {
 }
 DEPTH_READER = "the network that tells the depth in a picture, by which a ControlNet of depth is judged"
 CONTROLNET = "a ControlNet for a finished model, which draws by edges or by depth"
+LORA = "a LoRA for a finished model, which brings it a style"
+WORD = "a word for a finished model: vectors for what it has no word for (textual inversion)"
+MODULES = {"depth-reader": "depth_reader", "word": "inversion"}  # where a stage's module has another name
 NEEDS = {"unet": ("vae", "clip")}
 BEGINS_FROM = {  # what --init reads
     "vae": ("vae/diffusion_pytorch_model.safetensors",),
@@ -28,6 +31,8 @@ HELP = """Train the embedded model of scenes from nothing.
   ldm train all                      everything, in order: some hours on two cores
   ldm train vae --steps 200          one stage
   ldm train controlnet               one that draws by edges, for the embedded model; --condition depth for the other
+  ldm train lora                     a style, neon light, for the embedded model
+  ldm train word                     a word, <mushroom>, for the embedded model
   ldm train export --to my-model     put the parts together: a model folder for `ldm generate --model my-model`
 
 Ctrl-C saves and stops; the same command goes on from there. Losses go to STAGE/log.jsonl in the run's folder, pictures
@@ -44,6 +49,8 @@ def add(commands: "argparse._SubParsersAction") -> None:
     )
     add_depth_reader(stages.add_parser("depth-reader", help=DEPTH_READER, description=f"Train {DEPTH_READER}."))
     add_controlnet(stages.add_parser("controlnet", help=CONTROLNET, description=f"Train {CONTROLNET}."))
+    add_lora(stages.add_parser("lora", help=LORA, description=f"Train {LORA}."))
+    add_word(stages.add_parser("word", help=WORD, description=f"Train {WORD}."))
     add_export(stages.add_parser("export", help="put the trained parts together as a model folder"))
 
 
@@ -102,6 +109,41 @@ def add_controlnet(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_lora(p: argparse.ArgumentParser) -> None:
+    recipe = "(default: the recipe's)"
+    add_stage(p, "lora")
+    p.add_argument("--style", metavar="STYLE", help="the style of ldm.scenes that it brings (default: neon)")
+    p.add_argument("--rank", type=whole(1), metavar="N", help=f"rows of each layer's factors {recipe}")
+    p.add_argument("--alpha", type=real(), metavar="A", help=f"the change is A/rank of the factors' product {recipe}")
+    p.add_argument(
+        "--layers", type=one_of(("attention", "transformers", "all")), help=f"attention, transformers or all {recipe}"
+    )
+    add_addition(p)
+
+
+def add_word(p: argparse.ArgumentParser) -> None:
+    recipe = "(default: the recipe's)"
+    add_stage(p, "word")
+    p.add_argument("--thing", metavar="THING", help="the thing of ldm.scenes that it names (default: mushroom)")
+    p.add_argument("--word", metavar="WORD", help="what prompts call it (default: <mushroom>)")
+    p.add_argument("--begin", metavar="WORDS", help=f"words whose vectors it begins from {recipe}")
+    p.add_argument("--vectors", type=whole(1, 70), metavar="N", help=f"how many tokens it is {recipe}")
+    add_addition(p)
+
+
+def add_addition(p: argparse.ArgumentParser) -> None:
+    """What is asked of everything that is added to a model."""
+    p.add_argument("--base", metavar="MODEL", help="the model it is for: a name or a folder (default: scenes)")
+    p.add_argument(
+        "--to", metavar="DIR", help="write it there, too, with a picture of what it does, and measure it: an older one "
+        "is replaced, but for its card (default: only the run's folder has it)",
+    )  # fmt: skip
+    p.add_argument(
+        "--measure", type=whole(0), default=200, metavar="N", help="held-out pictures of each kind to measure on, "
+        "where --to is given (default: 200; 0: none)",
+    )  # fmt: skip
+
+
 def add_export(p: argparse.ArgumentParser) -> None:
     p.set_defaults(run=run_export, parser=p)
     p.add_argument(
@@ -155,19 +197,41 @@ def train_stage(stage: str, folder: Path, args: argparse.Namespace, device: str)
             raise LDMError(
                 f"{folder} has no trained {other} yet, which {stage} needs: `ldm train {other} --run {folder}`."
             )
-    from ldm.train.export import check_controlnet_place, export_controlnet, export_depth_reader
+    from ldm.train.export import check_addition_place, check_controlnet_place, export_controlnet, export_depth_reader
 
-    module = importlib.import_module(f"ldm.train.{stage.replace('-', '_')}")
+    module = importlib.import_module(f"ldm.train.{MODULES.get(stage, stage)}")
     names = [field.name for field in fields(module.Recipe) if field.name != "device"]
     given = {name: getattr(args, name, None) for name in names}
     recipe = replace(module.Recipe(), device=device, **{k: v for k, v in given.items() if v is not None})
     if stage == "controlnet" and args.to:
         check_controlnet_place(Path(args.to))
+    if stage in ("lora", "word") and args.to:
+        check_addition_place(Path(args.to), module.FILE)
     module.train(folder, recipe, **({"name": args.name} if stage == "unet" else {}))
     if stage == "controlnet" and args.to:
         export_controlnet(folder / f"controlnet-{recipe.condition}" / "controlnet", Path(args.to))
     if stage == "depth-reader" and args.to:
         export_depth_reader(folder / stage, Path(args.to))
+    if stage in ("lora", "word") and args.to:
+        export_addition(stage, module.place(folder, recipe), Path(args.to), recipe, args.measure)
+
+
+def export_addition(stage: str, source: Path, target: Path, recipe: object, count: int) -> None:
+    """Write the LoRA or the word there, with its picture, and print what is measured of it."""
+    from ldm.metrics import added
+    from ldm.train import export
+    from ldm.train.parallel import leads
+
+    if not leads():
+        return
+    new = recipe.style if stage == "lora" else recipe.thing
+    (export.export_lora if stage == "lora" else export.export_word)(source, target, recipe.base, new)
+    print(target)
+    if count:
+        try:
+            print((added.measure_lora if stage == "lora" else added.measure_word)(target, recipe.base, new, count))
+        except LDMError as error:  # a base of another world: what was trained is written all the same
+            say_on_stderr(f"It was not measured. {error}")
 
 
 def run_export(args: argparse.Namespace) -> None:

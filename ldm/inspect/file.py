@@ -21,6 +21,8 @@ from ldm.checkpoints.single import (
     wants_average,
 )
 from ldm.errors import LDMError, bytes_in_words
+from ldm.inspect import adapter, word
+from ldm.inspect.bases import Base
 from ldm.inspect.report import Part, Report, Tensor, capital, make_part
 from ldm.inspect.told import facts_of_networks, facts_of_schedule, latents, line_of_model, line_of_part
 from ldm.io.folders import cannot_read, find_weights, open_plain, read_json, some
@@ -41,8 +43,8 @@ MOST_LETTERS = 200
 FETCH = "ldm fetch clip-vocab"  # as `vocabulary` advises it where nothing is found
 
 
-def of_file(path: Path, variant: str | None, name: str) -> Report:
-    """The report of a file, of whatever kind."""
+def of_file(path: Path, variant: str | None, name: str, base: Base | None = None) -> Report:
+    """The report of a file, of whatever kind; of a LoRA or an embedding, beside the model `base`."""
     form = "a file"
     try:
         with open_plain(path) as file:
@@ -56,7 +58,8 @@ def of_file(path: Path, variant: str | None, name: str) -> Report:
         if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and start[8:9] != b"{":
             return of_json(path)
         form = "a pickle" if is_pickle(path) else "a safetensors file"
-        return of_weights(WeightFiles(path, allow_pickle=True), form, variant, name)
+        files = WeightFiles(path, allow_pickle=True)
+        return of_addition(files, form, name, base) or of_weights(files, form, variant, name)
     except OSError as error:
         fault = str(cannot_read(path, error))
     except LDMError as error:
@@ -96,6 +99,21 @@ def of_index(path: Path, match: re.Match, variant: str | None, name: str) -> Rep
             f"{path} lists {some([repr(key[:100]) for key in absent])}, which no shard holds: take them anew."
         )
     return of_weights(files, f"{len(paths)} shards", variant, name, path)
+
+
+def of_addition(files: WeightFiles, form: str, name: str, base: Base | None) -> Report | None:
+    """The report of a LoRA or an embedding; None for what is neither."""
+    found = recognise(files.entries, files.place, files.metadata)
+    form += f" of {bytes_in_words(files.paths[0].stat().st_size)}"
+    unknown = found.kind == "unknown"
+    if found.kind == "lora" or (unknown and adapter.could_be(files)):
+        report = adapter.of_adapter(files, form, name, base)
+    elif found.kind == "embedding" or (unknown and word.could_be(files, base)):
+        report = word.of_word(files, form, name, base)
+    else:
+        return None
+    warnings = [str(refused(each)) for each in files.paths if is_pickle(each)]
+    return replace(report, warnings=(*report.warnings, *warnings), passed_over=tuple(files.passed_over))
 
 
 def of_weights(files: WeightFiles, form: str, variant: str | None, name: str, path: Path | None = None) -> Report:

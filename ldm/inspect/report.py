@@ -8,6 +8,8 @@ from ldm.errors import bytes_in_words, printable
 from ldm.io.headers import BITS, Entry, numbers
 
 MOST_NAMED = 6  # tensors of a list, on a page that doesn't show all
+BAR = 32  # letters of the longest bar
+ADDED = ("lora", "embedding")  # kinds of small files, whose numbers are read
 RED, YELLOW, GREEN, PLAIN = "\x1b[31m", "\x1b[33m", "\x1b[32m", "\x1b[0m"
 
 
@@ -39,13 +41,22 @@ class Part:
     dtypes: dict[str, int] = field(default_factory=dict)
 
 
+class Strength(NamedTuple):
+    """How large the change is that a LoRA makes at weight 1 to a block of so many layers: the Frobenius norm."""
+
+    block: str
+    layers: int
+    norm: float
+
+
 @dataclass(frozen=True)
 class Report:
     """What lies at `place`.
 
     `what`: in a few words, such as "a Stable Diffusion XL base"; `form`: folder, file, pickle; `reason`: by what it was
     told; `kind`: "pipeline", "controlnet", "vae", "lora", ... `facts`: what else is known, by name. `readable`: ldm has
-    a use for it; with no `faults` it is `sound`, which all that ldm can tell without reading a number.
+    a use for it; with no `faults` it is `sound`, which all that ldm can tell without reading a number; of a
+    LoRA or an embedding, whose numbers are read, there are `strengths`, and they are finite.
     """
 
     place: str
@@ -55,6 +66,7 @@ class Report:
     reason: str = ""
     parts: tuple[Part, ...] = ()
     facts: dict[str, str] = field(default_factory=dict)
+    strengths: tuple[Strength, ...] = ()
     passed_over: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
@@ -91,6 +103,7 @@ def as_json(report: Report, keys: bool = False) -> dict:
             part[name] = [each._asdict() for each in getattr(mine, name)]
         if keys:
             part["tensors"] = [each._asdict() for each in mine.tensors]
+    fields["strengths"] = [each._asdict() for each in report.strengths]
     return fields
 
 
@@ -116,6 +129,7 @@ def page(report: Report, keys: bool = False, coloured: bool = False) -> str:
     width = max(map(len, report.facts), default=0)
     facts = [f"  {name:{width}}  {told}" for name, told in report.facts.items()]
     body += ["", "Properties", *facts] if facts else []
+    body += bars(report.strengths)
     text += map(printable, body)
     if report.warnings:
         text += ["", "To know", *paint([f"- {line}" for line in report.warnings], YELLOW)]
@@ -146,6 +160,17 @@ def table(parts: Sequence[Part]) -> list[str]:
     return ["", *lines]
 
 
+def bars(strengths: Sequence[Strength]) -> list[str]:
+    """One bar a block, as long as its change is large."""
+    if not strengths:
+        return []
+    most = max(each.norm for each in strengths) or 1.0
+    rows = [(name, f"{layers} layer{'s' * (layers != 1)}", norm) for name, layers, norm in strengths]
+    a, b = (max(len(row[i]) for row in rows) for i in range(2))
+    lines = [f"  {name:{a}}  {many:>{b}}  {norm:8.3g}  {'#' * round(BAR * norm / most)}" for name, many, norm in rows]
+    return ["", "How much it changes at weight 1 (Frobenius norm)", *map(str.rstrip, lines)]
+
+
 def types(dtypes: dict[str, int]) -> str:
     """ "F16", or "F16, F32" with the most frequent first."""
     return ", ".join(sorted(dtypes, key=lambda name: (-dtypes[name], name))[:3]) + ", ..." * (len(dtypes) > 3)
@@ -172,6 +197,8 @@ def verdict(report: Report) -> str:
         return "ldm does not load it."
     if not report.readable:
         return "ldm does not read such a thing."
+    if report.kind in ADDED:
+        return "Every tensor of it has its use, and every number is finite."
     return "Every tensor of it is there; the numbers were not read." if report.parts else "Nothing is wrong."
 
 

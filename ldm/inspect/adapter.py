@@ -1,0 +1,182 @@
+"""What a LoRA is: whose format, of which rank, what it changes and how much, and which models it goes with."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from shlex import quote
+
+from torch import nn
+
+from ldm.checkpoints.checkpoint import blank_part
+from ldm.checkpoints.names import Config
+from ldm.errors import LDMError
+from ldm.inspect.bases import Base, beside, line_of_base
+from ldm.inspect.report import Report, Strength, make_part
+from ldm.inspect.trained import facts_of_training
+from ldm.io.misfits import CONTEXT_WIDTHS
+from ldm.io.weights import WeightFiles
+from ldm.lora.file import Lora, open_lora
+from ldm.lora.fitting import Place, places
+from ldm.lora.groups import Group
+from ldm.lora.names import UNET, WORDS, flattened, other_form, other_model, parse
+
+BLOCKS = re.compile(r"(down_blocks|up_blocks|input_blocks|output_blocks)_(\d+)_|(mid_block|middle_block)_")
+ORDER = ("", "down_blocks", "input_blocks", "mid_block", "middle_block", "up_blocks", "output_blocks")  # as data goes
+
+
+def could_be(files: WeightFiles) -> bool:
+    """Whether a file whose keys are no LoRA's at first sight has one that is: of an old or of a rare kind."""
+    return any(parse(key) or other_form(key) for key in files.entries)
+
+
+def of_adapter(files: WeightFiles, form: str, name: str, base: Base | None) -> Report:
+    """The report of a LoRA's file, whose numbers are read; and whether it goes with `base`, if one is named."""
+    path, facts = files.paths[0], facts_of_training(files.metadata)
+    common = {"place": str(path), "kind": "lora", "form": form}
+    try:
+        lora = open_lora(path, allow_pickle=True)
+        norms = {group: norm_of(lora, group) for group in lora.groups}
+    except LDMError as error:  # damaged, or of a kind that is refused by its name
+        what = next((what for what in map(other_form, files.entries) if what), None)
+        other = next((f"a LoRA for {model}" for model in map(other_model, files.entries) if model), "a LoRA")
+        part = make_part("all", path.name, files.entries.values())
+        return Report(**common, what=what or other, parts=(part,), facts=facts, faults=(str(error),))
+    bases = beside(base)
+    found = {title: whereabouts(lora, each) for title, each in bases.items()}
+    known = {title: bases[title] for title, where in found.items() if where is not None}
+    fault, warnings = None if base is None else refusal(lora, base), []
+    if not known and base is None:
+        warnings.append("It goes with no model that ldm knows by its shapes: --model M asks whether it goes with M.")
+    if not any(norms.values()):
+        warnings.append("It changes nothing: all its products are 0.")
+    line = f"ldm generate {line_of_base(known.values())} --lora {quote(name)}:0.8"
+    return Report(
+        **common,
+        what=lora.format,
+        reason=made_for(lora),
+        parts=tuple(parts_of(lora, files)),
+        facts=facts_of(lora) | {"goes with": in_words(known)} | facts,
+        strengths=strengths(norms, next((found[title] for title in known), None)),
+        warnings=tuple(warnings),
+        faults=(fault,) if fault else (),
+        use=() if fault else (line + " --allow-pickle" * form.startswith("a pickle"),),
+    )
+
+
+def norm_of(lora: Lora, group: Group) -> float:
+    """How large the change of a layer is, at weight 1, its bias with it. Raises LDMError for NaN."""
+    return math.hypot(*(change.norm() for change in lora.changes(group).values()))
+
+
+def made_for(lora: Lora) -> str:
+    """By what its model was told."""
+    if lora.context_width is not None:
+        made = f"made for {CONTEXT_WIDTHS[lora.context_width]}: " if lora.context_width in CONTEXT_WIDTHS else ""
+        return f"{made}its cross-attention reads a context of {lora.context_width} numbers"
+    return f"made for {lora.made_for}, as its metadata or its text encoders say" if lora.made_for else ""
+
+
+def parts_of(lora: Lora, files: WeightFiles) -> Iterable:
+    """The factors for each network."""
+    for part in WORDS:
+        groups = [group for group in lora.groups if group.part == part]
+        if groups:
+            entries = [files.entries[key] for group in groups for key in group.keys.values()]
+            yield make_part(part, many(len(groups)), entries)
+
+
+def facts_of(lora: Lora) -> dict[str, str]:
+    """What it changes, with which rank and alpha."""
+    told = []
+    for part, word in WORDS.items():
+        groups = [group for group in lora.groups if group.part == part]
+        kernels = sum(
+            group.shape is not None and len(group.shape) == 4 and group.shape[2:] != (1, 1) for group in groups
+        )
+        convolutions = f" ({kernels} of them convolutions)" if kernels else ""
+        told += [f"{many(len(groups))} of the {word}{convolutions}"] if groups else []
+    facts = {"changes": " and ".join(told)}
+    if lora.ranks:
+        scales = Counter(
+            1.0 if group.alpha is None else group.alpha / group.rank for group in lora.groups if group.rank
+        )
+        facts["rank"] = counted(lora.ranks)
+        facts["alpha"] = f"{counted(lora.alphas)}; so the factors' product is scaled by {counted(scales)}"
+    return facts
+
+
+def counted(found: Counter) -> str:
+    """ "8", or "8 (192 layers), 4 (72)" with the most frequent first."""
+    words = [("not said" if value is None else f"{value:g}", layers) for value, layers in found.most_common(6)]
+    if len(words) == 1:
+        return words[0][0]
+    more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+    return ", ".join(f"{word} ({many(layers)})" for word, layers in words) + more
+
+
+def many(layers: int) -> str:
+    return f"{layers} layer{'s' * (layers != 1)}"
+
+
+def in_words(titles: Iterable[str]) -> str:
+    return f"{', '.join(titles)}, by its names and shapes" if titles else "no model that ldm knows"
+
+
+# ---------------------------------------------------------------------------------------------------- its places
+
+
+def networks_of(base: Base) -> dict[str, nn.Module]:
+    """The networks that a LoRA may change, without numbers."""
+    return {part: network_of(part, config) for part, config in base.configs.items() if part in WORDS}
+
+
+@lru_cache(maxsize=32)  # models share their text encoders, and a file is compared with a dozen of them
+def network_of(part: str, config: Config) -> nn.Module:
+    return blank_part(part, config)
+
+
+def whereabouts(lora: Lora, base: Base) -> dict[Group, Place] | None:
+    """The layer of each group in that model; None if it doesn't go with it."""
+    width = base.configs[UNET].cross_attention_dim
+    if lora.context_width not in (None, width):
+        return None
+    try:
+        return places(lora, networks_of(base))
+    except LDMError:
+        return None
+
+
+def refusal(lora: Lora, base: Base) -> str | None:
+    """The sentence with which that model refuses it, if it does."""
+    try:
+        places(lora, networks_of(base))
+    except LDMError as error:
+        return str(error)
+    return None
+
+
+def strengths(norms: Mapping[Group, float], where: Mapping[Group, Place] | None) -> tuple[Strength, ...]:
+    """The change's norm by block, in the order in which data goes through them."""
+    squares: dict[tuple, list[float]] = {}
+    for group, norm in norms.items():
+        part, layer = where[group] if where is not None else (group.part, group.layer)
+        squares.setdefault(block_of(part, layer), []).append(norm**2)
+    return tuple(
+        Strength(f"{WORDS[list(WORDS)[part]]}{f' {block}' if block else ''}{'' if number < 0 else f'.{number}'}",
+                 len(each), math.sqrt(sum(each)))
+        for (part, _, number, block), each in sorted(squares.items())
+    )  # fmt: skip
+
+
+def block_of(part: str, layer: str) -> tuple[int, int, int, str]:
+    """What sorts a layer's block, and its name: of a text encoder all layers are one."""
+    order = list(WORDS).index(part)
+    if part != UNET:
+        return order, 0, -1, ""
+    found = BLOCKS.match(flattened(layer))
+    if found is None:  # the first and the last convolution, and what reads the timestep
+        return order, 0, -1, "outside the blocks"
+    kind = found[1] or found[3]
+    return order, ORDER.index(kind), int(found[2] or -1), kind
