@@ -23,9 +23,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tiny_pairs import PROMPT, controlnets
+from tiny_pairs import PROMPT, SCENES, controlnets, scenes
 from tiny_tasks import TaskModels
 
+import ldm
 from ldm.convert import convert
 from ldm.io.folders import read_json, write_json
 
@@ -154,3 +155,22 @@ def test_one_network_alone(models, name, part, cls, tmp_path):
     bare = without_weights(tmp_path / "part", tmp_path / "bare")
     single = cls.from_single_file(str(tmp_path / "part.safetensors"), config=bare, local_files_only=True)
     assert_same_bits(single, reference)
+
+
+@scenes
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_draws_the_same_with_the_embedded_ones():
+    """Both at once, three steps of DDIM: the latents are those of diffusers with PEFT."""
+    theirs, ours = StableDiffusionPipeline.from_pretrained(SCENES, torch_dtype=torch.float32), ldm.load(SCENES)
+    theirs.load_lora_weights(SCENES.parent / "scenes-neon", adapter_name="neon")
+    theirs.set_adapters(["neon"], [0.8])
+    theirs.load_textual_inversion(SCENES.parent / "scenes-mushroom" / "learned_embeds.safetensors")
+    words, latents = "a large red <mushroom> on snow at dawn", torch.randn(1, 4, 16, 16)
+    plain = ours("a large red mushroom on snow at dawn", latents=latents, steps=3, sampler="ddim").x0
+    ours.add_lora("scenes-neon", 0.8)
+    ours.add_embedding("scenes-mushroom")
+    found = ours(words, latents=latents, steps=3, sampler="ddim").x0
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(words, latents=latents, num_inference_steps=3, guidance_scale=4.0, output_type="latent").images
+    assert (found - plain).abs().mean() > 0.1
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -52,8 +52,9 @@ class Optimizer:
         groups = [split_parameters(model) for model in models]
         matrices, rest = [p for m, _ in groups for p in m], [p for _, r in groups for p in r]
         self.lr, self.clip, self.parameters, self.skipped = lr, clip, matrices + rest, 0
-        self.muon = Muon(matrices, lr)
-        self.adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.0)
+        # As groups, of which either may be empty: a LoRA is all matrices, a word's vectors are none.
+        self.muon = Muon([{"params": matrices}], lr)
+        self.adamw = torch.optim.AdamW([{"params": rest}], lr, betas=(0.9, 0.99), weight_decay=0.0)
 
     def step(self, loss: Tensor, rate: float) -> float:
         """Backward pass and update at `rate` times the learning rate; returns the gradient's norm before clipping."""

@@ -1,5 +1,6 @@
 """Put what was trained together: a folder in diffusers' format, in half precision, that diffusers itself can load."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 from ldm import conditions, scenes
+from ldm.checkpoints.places import LORA
 from ldm.control import Control
 from ldm.convert.described import DIFFUSERS
 from ldm.errors import LDMError
@@ -15,6 +17,7 @@ from ldm.io.folders import folder_hash, read_fields, read_json, write_json
 from ldm.io.weights import read_tensors, save_weights
 from ldm.loading import load, load_controlnet
 from ldm.models.controlnet import ControlNetConfig
+from ldm.text.embeddings import FILE as EMBEDDING
 from ldm.train.data import tiled
 from ldm.train.parallel import leads
 from ldm.train.unet import SCHEDULER
@@ -114,6 +117,34 @@ def check_controlnet_place(target: Path) -> None:
         raise LDMError(f"{target} holds something else than a ControlNet, and would be replaced: name another.")
 
 
+def check_addition_place(target: Path, mark: str) -> None:
+    """Raise LDMError if something else than such a LoRA or word stands there: before the training, not after it."""
+    if target.exists() and not (target.is_dir() and ((target / mark).is_file() or not any(target.iterdir()))):
+        raise LDMError(f"{target} holds something else than a {mark}, and would be replaced: name another.")
+
+
+def export_lora(source: Path, target: Path, base: str, style: str) -> None:
+    """Write a trained LoRA as `target`, with a picture of what it does; a card that stands there is carried over."""
+    export_addition(source / LORA, target)
+    draw_style(base, target, style)
+    if base == "scenes":
+        draw_together(base, target)
+
+
+def export_word(source: Path, target: Path, base: str, thing: str) -> None:
+    """Write a trained word as `target`, with a picture of what it does; a card that stands there is carried over."""
+    export_addition(source / EMBEDDING, target)
+    draw_word(base, target, thing)
+
+
+def export_addition(file: Path, target: Path) -> None:
+    check_addition_place(target, file.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(target) as new:
+        (new / file.name).write_bytes(file.read_bytes())
+        keep_card(target, new)
+
+
 SAMPLES = (  # what the picture beside the card shows, with seeds 0 to 15
     "a large red house on snow at night",
     "a small boat on the sea at sunset, watercolor",
@@ -152,6 +183,17 @@ IN_ITS_PLACE = (
 STRENGTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
+def with_hole(scene: scenes.Scene) -> tuple[Image.Image, Image.Image, Image.Image]:
+    """A scene's picture, the mask around its first thing, and the picture with the mask in red."""
+    picture = scenes.render(scene)
+    image = Image.fromarray(picture.image)
+    rows, columns = (np.flatnonzero(picture.masks[0].any(axis=side)) for side in (1, 0))
+    hole = np.zeros(picture.depth.shape, np.uint8)
+    hole[max(rows[0] - 6, 0) : rows[-1] + 8, max(columns[0] - 6, 0) : columns[-1] + 8] = 255
+    mask, red = Image.fromarray(hole), Image.new("RGB", image.size, "red")
+    return image, mask, Image.composite(Image.blend(image, red, 0.6), image, mask)
+
+
 def draw_steered(model: Path, net: Path, seed: int = 30_000_011) -> None:
     """`steered.jpg` in the ControlNet's folder: a held-out scene, and what can be made of it.
 
@@ -160,20 +202,68 @@ def draw_steered(model: Path, net: Path, seed: int = 30_000_011) -> None:
     """
     pipe = load(model)
     canny = load_controlnet(net, pipe)
-    picture = scenes.render(scenes.sample(seed, "held-out", n=1, style="plain"))
-    image = Image.fromarray(picture.image)
-    rows, columns = (np.flatnonzero(picture.masks[0].any(axis=side)) for side in (1, 0))
-    hole = np.zeros(picture.depth.shape, np.uint8)
-    hole[max(rows[0] - 6, 0) : rows[-1] + 8, max(columns[0] - 6, 0) : columns[-1] + 8] = 255
-    mask = Image.fromarray(hole)
-    edges, red = conditions.canny(image), Image.new("RGB", image.size, "red")
-    shown = Image.composite(Image.blend(image, red, 0.6), image, mask)
+    image, mask, shown = with_hole(scenes.sample(seed, "held-out", n=1, style="plain"))
+    edges = conditions.canny(image)
     led = [pipe(words, seed=k, control=[Control(canny, edges)]) for k, words in enumerate(BY_EDGES)]
     filled = [pipe(words, image=image, mask=mask) for words in IN_ITS_PLACE]
     ladder = [pipe("a large blue house on snow at night", seed=1, image=image, strength=s) for s in STRENGTHS]
     tiles = [image, edges, *led, image, shown, *filled, *ladder]
     tiles = [tile if isinstance(tile, Image.Image) else tile.images[0] for tile in tiles]
     tiled(tiles, 5).save(net / "steered.jpg", quality=88)
+
+
+SHOWN = 8  # pictures in a row
+ORDINARY = ("tree", "flower")  # words that the model knows for what is most like the new thing
+
+
+def draw_style(base: str, folder: Path, style: str, weights: tuple[float, ...] = (0.0, 0.5, 1.0)) -> None:
+    """`before-after.jpg` beside the LoRA: a row a weight, the same words and seeds; at last true pictures of the style.
+
+    The scenes are of combinations that it never saw, and their captions don't name the style.
+    """
+    pipe = load(base)
+    shown = [scenes.sample(44_000_000 + k, "held-out", style=style) for k in range(SHOWN)]
+    words = [scenes.caption(replace(scene, style="plain"), scene.seed, full=True) for scene in shown]
+    tiles = []
+    for weight in weights:
+        with pipe.lora(folder / LORA, weight):
+            tiles += pipe(words).images
+    tiles += [Image.fromarray(scenes.render(scene).image).resize(tiles[0].size) for scene in shown]
+    tiled(tiles, SHOWN).save(folder / "before-after.jpg", quality=88)
+
+
+def draw_together(base: str, folder: Path, net: str = "scenes-canny", seed: int = 30_000_011) -> None:
+    """`together.jpg` beside the LoRA: it, a ControlNet and inpainting, alone and all at once.
+
+    A held-out scene and its edges; drawn by the edges without the LoRA, and with it; the mask in red; another thing in
+    its place with the LoRA, and the scene's own thing there by LoRA, ControlNet and mask together.
+    """
+    pipe = load(base)
+    canny = load_controlnet(net, pipe)
+    scene = scenes.sample(seed, "held-out", n=1, style="plain")
+    image, mask, shown = with_hole(scene)
+    edges, words = conditions.canny(image), scenes.caption(scene, scene.seed, full=True)
+    control = [Control(canny, edges)]
+    tiles = [image, edges, pipe(words, control=control).images[0]]
+    with pipe.lora(folder / LORA):
+        tiles += pipe(words, control=control).images
+        tiles += [shown, *pipe(IN_ITS_PLACE[1], image=image, mask=mask).images]
+        tiles += pipe(words, image=image, mask=mask, control=control).images
+    tiled(tiles, len(tiles)).save(folder / "together.jpg", quality=88)
+
+
+def draw_word(base: str, folder: Path, thing: str, words: tuple[str, ...] = ORDINARY) -> None:
+    """`before-after.jpg` beside the word: a row for each ordinary word, one for the learnt, one of true pictures."""
+    pipe = load(base)
+    shown = [scenes.sample(44_000_000 + k, "held-out", kind=thing, n=1) for k in range(SHOWN)]
+    said = [scenes.caption(scene, scene.seed, full=True) for scene in shown]
+    tiles = []
+    for word in words:
+        tiles += pipe([text.replace(thing, word) for text in said]).images
+    with pipe.embedding(folder / EMBEDDING) as learnt:
+        tiles += pipe([text.replace(thing, learnt.word) for text in said]).images
+    tiles += [Image.fromarray(scenes.render(scene).image).resize(tiles[0].size) for scene in shown]
+    tiled(tiles, SHOWN).save(folder / "before-after.jpg", quality=88)
 
 
 def keep_card(old: Path, new: Path) -> None:
