@@ -23,7 +23,9 @@ class Block:
         if name.partition(".")[0] in BLOCKED:
             raise ImportError(f"{name} is blocked")
 
-BLOCKED = ("diffusers", "transformers", "accelerate", "tokenizers", "huggingface_hub", "scipy", "ftfy")
+BLOCKED = (
+    "diffusers", "transformers", "accelerate", "tokenizers", "huggingface_hub", "peft", "compel", "scipy", "ftfy"
+)
 sys.meta_path.insert(0, Block())
 """
 
@@ -231,7 +233,15 @@ MAY_IMPORT = {  # the folders follow the road: each station knows those before i
     "ldm.schedules": (*ALGEBRA, "ldm.schedules"),
     "ldm.sampling": (*ALGEBRA, "ldm.noise", "ldm.schedules"),
     "ldm.samplers": (*ALGEBRA, "ldm.noise", "ldm.schedules", "ldm.sampling", "ldm.samplers"),
-    "ldm.settings": (*ALGEBRA, "ldm.noise", "ldm.schedules", "ldm.sampling", "ldm.samplers", "ldm.sizes"),
+    "ldm.settings": (
+        *ALGEBRA,
+        "ldm.noise",
+        "ldm.schedules",
+        "ldm.sampling",
+        "ldm.samplers",
+        "ldm.sizes",
+        "ldm.text.prompts",
+    ),
     "ldm.models": ("ldm.errors", "ldm.config", "ldm.models"),
     "ldm.text": ("ldm.errors", "ldm.config", "ldm.io", "ldm.text"),
     "ldm.io": ("ldm.errors", "ldm.io"),
@@ -246,6 +256,16 @@ MAY_IMPORT = {  # the folders follow the road: each station knows those before i
         "ldm.schedules",
         "ldm.settings",
         "ldm.tasks",
+        "ldm.text",
+    ),
+    "ldm.lora": (
+        "ldm.errors",
+        "ldm.config",
+        "ldm.checkpoints",
+        "ldm.io",
+        "ldm.lora",
+        "ldm.memory",
+        "ldm.models",
         "ldm.text",
     ),
     "ldm.scenes": ("ldm.errors", "ldm.scenes"),
@@ -290,7 +310,7 @@ MAY_IMPORT = {  # the folders follow the road: each station knows those before i
 }
 # The two places that may import diffusers and transformers, inside functions.
 OF_THE_REFERENCE = {"ldm.parity.reference", "ldm.conditions.depth"}
-LIBRARIES = {"diffusers", "transformers", "accelerate"}
+LIBRARIES = {"diffusers", "transformers", "accelerate", "peft", "compel"}
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)

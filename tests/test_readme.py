@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_pairs import SCENES, scenes
 
@@ -35,6 +36,21 @@ def test_the_pictures_of_the_readme_are_led_by_the_picture(tmp_path, monkeypatch
     assert np.array_equal(house[mask == 0], boat[mask == 0])
     assert np.abs(house - boat)[mask > 0].mean() > 20
     assert night.mean() < 0.7 * boat.mean()  # it has become night
+
+
+@scenes
+def test_what_is_added_in_the_readme_shows(tmp_path, monkeypatch):
+    """Neon is dark, a learnt word draws another thing, and night falls where the words change; then all is gone."""
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"<!-- add -->\s*```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    made = {"ldm": ldm, "pipe": ldm.load(SCENES)}
+    weights = {name: p.clone() for name, p in made["pipe"].unet.state_dict().items()}
+    exec(compile(block, "README.md", "exec"), made)
+    neon, mushroom, later = (np.asarray(made[name].images[0]).astype(int) for name in ("neon", "mushroom", "later"))
+    day = np.asarray(made["pipe"]("a large red house on snow by day", seed=7).images[0]).astype(int)
+    assert neon.mean() < 0.7 * day.mean() and later.mean() < 0.7 * day.mean()
+    assert np.abs(mushroom - day)[40:].mean() > 10  # below the sky
+    assert all(torch.equal(p, weights[name]) for name, p in made["pipe"].unet.state_dict().items())
 
 
 def test_the_lines_about_sdxl_run_as_they_stand(models):
