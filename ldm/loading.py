@@ -9,7 +9,7 @@ from torch import nn
 from ldm.checkpoints import single
 from ldm.checkpoints.checkpoint import NETWORKS, Checkpoint, blank_part, check_fit
 from ldm.checkpoints.folder import open_folder, read_schedule
-from ldm.checkpoints.places import CONFIG, INDEX, check_here, find_model
+from ldm.checkpoints.places import CONFIG, INDEX, check_here, embedded, find_model
 from ldm.checkpoints.prediction import measure
 from ldm.config import building
 from ldm.diffusion import PREDICTIONS
@@ -177,12 +177,10 @@ def load_vae(
 ) -> VAE:
     """`model`: as for `load`, of a VAE to take the place of the pipeline's: `pipe.vae = ldm.load_vae(file, pipe)`.
 
-    A single file doesn't say by how much its latents are to be scaled; those of the pipeline's VAE count. Raises
-    LDMError for a VAE whose latents are of another kind, and as `load` does.
+    Of a whole model its VAE is taken. By how much latents are to be scaled a single file doesn't say: as by the
+    pipeline's VAE. Raises LDMError for a VAE whose latents are of another kind, and as `load` does.
     """
-    place = find_model(model, CONFIG, variant, allow_pickle)
-    if (place / INDEX).exists():
-        place = place / "vae"
+    place = find_vae(model, variant, allow_pickle)
     if place.is_dir():
         config = VAEConfig.from_json(read_fields(place / CONFIG))
     else:
@@ -200,6 +198,18 @@ def load_vae(
     with building("the VAE"), blank():
         vae = VAE(config)
     return load_weights(vae, weights, pipe.vae.dtype if dtype is None else find_dtype(dtype), kept, VAE.rename)
+
+
+def find_vae(model: str | Path, variant: str | None = None, allow_pickle: bool = False) -> Path:
+    """The folder or the file of a VAE, or of the whole model that has it. Raises LDMError for what is neither.
+
+    That is seen before anything in it is read: a stranger's picture may name any place.
+    """
+    place = find_model(model, INDEX if str(model) in embedded(INDEX) else CONFIG, variant, allow_pickle)
+    place = place / "vae" if (place / INDEX).is_file() else place
+    if place.is_file() or (place / CONFIG).is_file():
+        return place
+    raise LDMError(f"{place} is no VAE: name a folder that holds {CONFIG}, a whole model, or a single file.")
 
 
 def find_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -1,7 +1,7 @@
 """What decides a picture beside the model: what the caller says, with every default filled in."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
@@ -255,8 +255,9 @@ def choose_settings(
     denoising_start, denoising_end    of an ensemble: shares of the road, 0.8 is where a refiner takes over
     """
     d, dialect = model.defaults, check_dialect(dialect)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = [negative] * len(prompts) if isinstance(negative, str | None) else list(negative)
+    prompts = texts("prompt", prompt)
+    negatives = texts("negative prompt", negative, none=True)
+    negatives = negatives * len(prompts) if isinstance(negative, str | None) else negatives
     negatives = ["" if each is None and not model.zero_negative else each for each in negatives]
     if not prompts or len(negatives) != len(prompts):
         raise LDMError(
@@ -310,6 +311,17 @@ def choose_settings(
         denoising_end=denoising_end,
         dialect=dialect,
     )
+
+
+def texts(name: str, given: str | Sequence[str | None] | None, none: bool = False) -> list[str | None]:
+    """A text or several as a list; with `none`, None may stand there too. Raises LDMError for anything else."""
+    found = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else [given]
+    for each in found:
+        if not isinstance(each, str) and not (none and each is None):
+            raise LDMError(
+                f"A {name} must be a text, not {type(each).__name__}: {each!r:.60}; a list of texts draws several."
+            )
+    return found
 
 
 def check_shares(start: float | None, end: float | None, name_of_end: str = "denoising_end") -> None:

@@ -1,19 +1,20 @@
 """What the UNet is told of words: read by the text encoders, in the prompts' dialect, and other ones at other steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ldm.errors import say_on_stderr
+from ldm.errors import LDMError, say_on_stderr
 from ldm.guidance import Network
 from ldm.network import Beside, guided, in_turn, tell, unguided
 from ldm.run import finite
 from ldm.schedules import Schedule
 from ldm.settings import Settings
 from ldm.text import words as plain
+from ldm.text.embeddings import check_table
 from ldm.text.prompts import check_dialect
 from ldm.text.prompts.notices import notices
-from ldm.text.prompts.reading import Asked, filled, read_chunks
-from ldm.text.prompts.schedules import Script, scripts
+from ldm.text.prompts.reading import Asked, filled, length, read_chunks
+from ldm.text.prompts.schedules import Script, parse, scripts
 from ldm.text.prompts.table import parts_of
 from ldm.text.words import Reader, Words, nothing
 
@@ -22,21 +23,39 @@ if TYPE_CHECKING:
 
 
 def readers(pipe: "Parts") -> list[Reader]:
-    """The text encoders, each with its tokenizer."""
+    """The text encoders, each with its tokenizer. Raises LDMError where learnt words are on other ones."""
+    check_table(pipe)
     first = [Reader(pipe.tokenizer, pipe.text_encoder)]
     return first if pipe.text_encoder_2 is None else [*first, Reader(pipe.tokenizer_2, pipe.text_encoder_2)]
 
 
 def read(pipe: "Parts", prompts: Sequence[str], clip_skip: int = 0, dialect: str = "plain") -> Words:
-    """Sentences -> what the text encoders say of them; of a prompt with stages (`[a:b:0.5]`), give one of them.
+    """Sentences -> what the text encoders say of them. Says on stderr what of a plain one is cut off.
 
-    Says on stderr what of a plain one was cut off behind the 77th token.
+    Raises LDMError for a prompt that has other words at other steps (`[a:b:0.5]`).
     """
+    for prompt in prompts if check_dialect(dialect) == "a1111" else ():
+        if not all(isinstance(node, str) for node in parse(prompt)):
+            raise LDMError(
+                f"{prompt!r:.80} has other words at other steps, and is read step by step: give what it is at one of "
+                "them (ldm.text.prompts.schedules.stages(prompt, steps)[0].text)."
+            )
+    return hear(pipe, prompts, clip_skip, dialect)
+
+
+def hear(
+    pipe: "Parts",
+    prompts: Sequence[str],
+    clip_skip: int = 0,
+    dialect: str = "plain",
+    say: Callable[[str], None] = say_on_stderr,
+) -> Words:
+    """The same of a prompt as it is at one step: what looks like stages there, is none."""
     with pipe.precision():
-        if check_dialect(dialect) == "plain":
+        if dialect == "plain":
             words = plain.read(readers(pipe), prompts, pipe.device, clip_skip, pipe.xl)
         else:
-            words = read_chunks(readers(pipe), prompts, Asked(dialect, pipe.device, clip_skip, pipe.xl))
+            words = read_chunks(readers(pipe), prompts, Asked(dialect, pipe.device, clip_skip, pipe.xl, say))
     finite(words.context, "the text encoder")
     return words
 
@@ -59,26 +78,60 @@ def network(
         say_on_stderr(line)
     first, behind, steps = settings.road(schedule)
     found, turns = scripts(settings.prompt, negatives, settings.dialect, behind, steps)
-    check_lengths(pipe, found[0].prompts, settings.dialect)
-    networks = []
+    check_words(pipe, found, settings.dialect)
+    check_lengths(pipe, found, settings.dialect)
+    networks, say = [], once()
     for script in found:
-        words = read(pipe, script.prompts, clip_skip, settings.dialect)
+        words = hear(pipe, script.prompts, clip_skip, settings.dialect, say)
         against = None
         if pulls:
-            words, against = read_negative(pipe, script, words, settings.dialect, clip_skip)
+            words, against = read_negative(pipe, script, words, settings.dialect, clip_skip, say)
         networks.append(made(pipe, settings, words, against, together, beside))
     return in_turn(networks, turns, first)
 
 
-def check_lengths(pipe: "Parts", prompts: Sequence[str], dialect: str) -> None:
-    """Say on stderr where pictures of a batch depend on their neighbours: beside longer prompts."""
-    if dialect == "plain" or len(set(prompts)) < 2:
+def once() -> Callable[[str], None]:
+    """`say_on_stderr` for a run: what holds at many steps, and for several encoders, is said once."""
+    said = set()
+
+    def say(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            say_on_stderr(line)
+
+    return say
+
+
+def check_words(pipe: "Parts", found: Sequence[Script], dialect: str) -> None:
+    """Say on stderr which learnt words are on, and in none of these prompts."""
+    if not pipe.embeddings:
         return
-    counts = {sum(len(part.chunks) for part in parts_of(pipe.tokenizer, prompt, dialect)) for prompt in prompts}
-    if len(counts) > 1:
+    texts = {text for script in found for text in (*script.prompts, *script.negatives) if text is not None}
+    parts = [part for text in texts for part in parts_of(pipe.tokenizer, text, dialect)]
+    pieces = {token.piece for part in parts for chunk in (*part.chunks, part.cut) for token in chunk}
+    for word in pipe.embeddings:
+        if word not in pieces:
+            say_on_stderr(f"The learnt word {word!r} is in no prompt of this run, so it does nothing: write it in one.")
+
+
+def check_lengths(pipe: "Parts", found: Sequence[Script], dialect: str) -> None:
+    """Say on stderr where pictures of a batch depend on their neighbours: beside longer prompts, at any step.
+
+    Alone, a picture's context is as long as the longer of its prompt and its negative one; in a batch as the longest.
+    """
+    if dialect == "plain" or len(found[0].prompts) < 2:
+        return
+    texts = {text for script in found for text in (*script.prompts, *script.negatives) if text is not None}
+    chunks = {text: length(pipe.tokenizer, text, dialect) for text in texts} | {None: 0}
+    counts, negative = set(), any(each for script in found for each in script.negatives)
+    for script in found:
+        own = {max(chunks[one], chunks[other]) for one, other in zip(script.prompts, script.negatives, strict=True)}
+        counts |= own if len(own) > 1 else set()
+    if counts:
         say_on_stderr(
-            f"The prompts have {min(counts)} to {max(counts)} chunks: in one batch shorter ones are filled up with the "
-            "empty prompt's, and their pictures differ a little from those drawn one by one (one_by_one, --one-by-one)."
+            f"The prompts{' and negative ones' * negative} have {min(counts)} to {max(counts)} chunks: in one batch "
+            "shorter ones are filled up with the empty prompt's, and their pictures differ a little from those drawn "
+            "one by one (one_by_one, --one-by-one)."
         )
 
 
@@ -94,7 +147,12 @@ def made(
 
 
 def read_negative(
-    pipe: "Parts", script: Script, words: Words, dialect: str = "plain", clip_skip: int = 0
+    pipe: "Parts",
+    script: Script,
+    words: Words,
+    dialect: str = "plain",
+    clip_skip: int = 0,
+    say: Callable[[str], None] = say_on_stderr,
 ) -> tuple[Words, Words]:
     """The prompts' `words` and the negative ones', both of one length; zeros where there is no negative.
 
@@ -103,10 +161,10 @@ def read_negative(
     if all(each is None for each in script.negatives):
         return words, nothing(words)
     skip = 0 if dialect == "plain" else clip_skip
-    found = read(pipe, [each or "" for each in script.negatives], skip, dialect)
+    found = hear(pipe, [each or "" for each in script.negatives], skip, dialect, say)
     most = max(found.context.shape[1], words.context.shape[1])
     if most > min(found.context.shape[1], words.context.shape[1]):
-        empty = read(pipe, [""], skip, dialect).context
+        empty = hear(pipe, [""], skip, dialect).context
         words, found = filled(words, most, empty), filled(found, most, empty)
     zeros = [k for k, each in enumerate(script.negatives) if each is None]
     for tensor in found:

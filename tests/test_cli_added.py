@@ -5,6 +5,7 @@ others.
 """
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -18,11 +19,13 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny_model
+from tiny_pairs import SCENES, scenes
 
 import ldm
 from ldm import loading
 from ldm.cli import added, main
 from ldm.cli.added import Wish
+from ldm.errors import LDMError
 from ldm.io.folders import folder_hash
 from ldm.io.png import read_settings, save_png
 from ldm.io.weights import save_weights
@@ -206,6 +209,25 @@ def test_an_embedded_one_is_found_by_its_name(cli, monkeypatch, tmp_path):
     assert "Did you mean 'neon'?" in cli("generate", HOUSE, "--lora", "noen:0.5", status=1).err
 
 
+@scenes
+def test_a_vae_is_found_by_the_name_of_a_whole_model_in_python_as_on_the_command_line(cli):
+    pipe = ldm.load(SCENES)
+    vae, same = ldm.load_vae("scenes", pipe), pipe.vae.state_dict()
+    assert vae is not pipe.vae and all(torch.equal(each, same[name]) for name, each in vae.state_dict().items())
+    cli("generate", HOUSE, "--model", "scenes", "--vae", "scenes", "--steps", 1, "--out", "a.png")
+    assert read_settings("a.png")["added"] == [f"vae {folder_hash(SCENES / 'vae')}"]
+    for name, sentence in ((".", "is no VAE: name a folder that holds"), ("scenes-neon", "is none itself")):
+        with pytest.raises(LDMError, match=sentence):
+            ldm.load_vae(name, pipe)
+
+
+def test_tokens_says_that_they_depend_on_no_lora_and_no_vae(cli, model):
+    plain = cli("tokens", HOUSE, "--model", model)
+    found = cli("tokens", HOUSE, "--model", model, "--lora", "style.safetensors:0.5", "--vae", "vae")
+    assert found.out == plain.out and not plain.err
+    assert found.err == "Tokens don't depend on --lora or --vae, which is passed over.\n"
+
+
 def test_explain_and_evaluate_take_them_too(cli):
     found = cli("explain", TOY, *ALL, "--with-dialect", "a1111", "--out", "run.html")
     assert found.lines == ["run.html"] and "<toy>" in found.err + Path("run.html").read_text()
@@ -229,6 +251,10 @@ def test_rerun_where_files_were_moved(cli, drawn):
     now = ("--vae", "there/vae", "--embedding", "there/toy.safetensors", "--lora", "there/style.safetensors")
     assert cli("rerun", path, *now).lines[0] == f"{path}: identical."
     assert "other.safetensors is another" not in found
+    for option, value in (("--lora", "style.safetensors:0.9"), ("--embedding", "toy.safetensors:<cat>")):
+        found = cli("rerun", path, *now, option, f"there/{value}", status=1).err  # the picture knows that better
+        assert one_line(found) and re.search(r" by the (weight 0\.8|word <toy>), and not (0\.9|<cat>): leave", found)
+    assert "identical" in cli("rerun", path, *now, "--lora", "there/style.safetensors:.80").out
     found = cli("rerun", path, "--lora", "toy.safetensors", status=1).err
     assert one_line(found)
     found = cli(
@@ -275,6 +301,8 @@ def test_rerun_notices_that_a_file_is_another_one_now(cli, drawn, name):
         ({"additions": [3]}, r"lack a sound 'additions'"),
         ({"dialect": None}, r"lack a sound 'dialect'"),
         ({"additions": ["--vae=stabilityai/sd-vae-ft-mse"]}, r"isn't here: `ldm fetch stabilityai/sd-vae-ft-mse`"),
+        ({"additions": ["--vae=."]}, r"\. is no VAE: name a folder that holds config\.json.* --vae says where it is"),
+        ({"additions": [f"--vae={os.devnull}"]}, r"is no VAE: "),
         ({"additions": ["--lora=someone/style"]}, r"There is no file 'someone/style' here"),
     ],
 )  # fmt: skip

@@ -1026,6 +1026,34 @@ def test_switches_of_memory_hold_for_nets_too(cli, nets, monkeypatch):
     assert named == [0, 0, 1, 1]
 
 
+def test_a_refiner_gets_the_words_that_are_for_it_and_is_said_to_go_without_the_rest(cli, xl):
+    base, refiner = ldm.load(xl[0]), ldm.load(xl[1])
+    widths = {name: each.config.hidden_size for name, each in base.parts().items() if name.startswith("text")}
+    drawn = torch.Generator().manual_seed(0)
+    clip = {
+        f"clip_{end}": torch.randn(2, width, generator=drawn) for end, width in zip("lg", widths.values(), strict=True)
+    }
+    save_weights(clip, "toy.safetensors")
+    layer = "unet.mid_block.attentions.0.proj_in"
+    inside = base.unet.get_submodule(layer.removeprefix("unet.")).weight.shape
+    factors = {"A": torch.randn(4, inside[1], generator=drawn), "B": torch.randn(inside[0], 4, generator=drawn)}
+    save_weights({f"{layer}.lora_{side}.weight": each for side, each in factors.items()}, "style.safetensors")
+    words = ("--model", xl[0], *XL, "--refiner", xl[1], "--hand-over", 0.6)
+    added = ("--embedding", "toy.safetensors:<toy>", "--lora", "style.safetensors:0.5")
+    out = cli("generate", "a <toy> house", *words, *added, "--out", "a.png")
+    assert "The refiner draws without style.safetensors, which is for the base alone." in out.err.splitlines()
+    for pipe in (base, refiner):
+        pipe.add_embedding("toy.safetensors", "<toy>")
+    base.add_lora("style.safetensors", 0.5)
+    options = {"steps": 5, "width": 48, "height": 32, "sampler": "ddim", "seed": 0}
+    expected = ldm.Ensemble(base, refiner, 0.6)("a <toy> house", **options).images[0]
+    refiner.remove_embedding("<toy>")
+    deaf = ldm.Ensemble(base, refiner, 0.6)("a <toy> house", **options).images[0]
+    assert pixel_hash(Image.open("a.png")) == pixel_hash(expected) != pixel_hash(deaf)
+    assert cli("rerun", "a.png").out == "a.png: identical.\n"
+    assert "draws without" not in cli("generate", "a <toy> house", *words, *added[:2], "--out", "b.png").err
+
+
 def test_a_refiner_with_another_scheduler_is_drawn_again_as_it_was(cli, xl, tmp_path):
     from shutil import copytree
 

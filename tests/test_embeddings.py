@@ -15,6 +15,8 @@ from ldm.errors import LDMError
 from ldm.lab.trace import words_of
 from ldm.pipeline import Pipeline
 from ldm.text.embeddings import FILE, Embedding, add, open_embedding, remove
+from ldm.text.prompts.notices import spelling
+from ldm.text.prompts.schedules import stages
 from ldm.text.tokenizer import Tokenizer
 
 MANY, ONE = "<toy>", "zork"  # of three vectors, and of one
@@ -161,6 +163,23 @@ def test_every_format_holds_the_same(tmp_path):
     assert open_embedding(tmp_path / "c.pt", allow_pickle=True).format == "AUTOMATIC1111"
 
 
+def test_files_of_the_first_program_are_read_or_it_is_said_what_to_do(tmp_path):
+    one, old, new = normal(1, 2, 24), tmp_path / "old.pt", tmp_path / "new.pt"
+    torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": {"*": one}}, tmp_path / "cat.pt")
+    torch.save({"string_to_token": {"<cat>": torch.tensor(265)}, "string_to_param": {"<cat>": one}}, tmp_path / "b.pt")
+    for file, word in (("cat.pt", "cat"), ("b.pt", "<cat>")):
+        found = open_embedding(tmp_path / file, allow_pickle=True)
+        assert found.word == word and torch.equal(found.vectors["text_encoder"], one)
+    table = torch.nn.ParameterDict({"*": torch.nn.Parameter(one)})
+    torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": table}, old)
+    for allowed in (False, True):
+        with pytest.raises(LDMError, match="old format of the first program") as caught:
+            open_embedding(old, allowed)
+    told = str(caught.value).partition("save it anew: ")[2].removesuffix(".")
+    exec(told, {"torch": torch, "path": old, "new": new})  # what the sentence says works
+    assert torch.equal(open_embedding(new, allow_pickle=True).vectors["text_encoder"], one)
+
+
 BAD = {  # what a file holds -> the sentence
     "nan": ({"w": torch.full((2, 24), float("nan"))}, "not finite"),
     "empty": ({}, "no tensors"),
@@ -221,6 +240,11 @@ def test_removed_in_any_order_nothing_is_left(models, order):
         assert encoder.config is config and encoder.embeddings.token_embedding.weight is table
     with pytest.raises(LDMError, match="no learnt word '<toi>' to remove: none is on"):
         remove(pipe, "<toi>")
+    for wrong in ([], 5, None, pipe):
+        with pytest.raises(LDMError, match="named by its word, such as '<toy>', not by something of type"):
+            remove(pipe, wrong)
+    with pytest.raises(LDMError, match=r"named by its word, 'zork', not by .* Embedding"):
+        pipe.remove_embedding(learnt("sdxl", ONE, 1))
 
 
 def test_a_refiner_takes_the_second_half_and_a_block_ends(models, tmp_path):
@@ -233,6 +257,55 @@ def test_a_refiner_takes_the_second_half_and_a_block_ends(models, tmp_path):
         assert torch.equal(table[-2:], word.vectors["text_encoder_2"]) and pipe.embeddings == {MANY: added}
         assert pipe.tokenizer.encode(MANY) == [len(table) - 2, len(table) - 1]
     assert_as_before(pipe, before, ["text_encoder"])
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_where_words_and_table_do_not_belong_together_nothing_is_read(models, name):
+    """An id is a row of one table: of another it is another word, or none."""
+    pipe = fresh(models, name)
+    twin = copy.copy(pipe)
+    add(pipe, learnt(name, MANY, 2))
+    assert torch.equal(twin.read(PROMPTS[5:]).context, pipe.read(PROMPTS[5:]).context)  # a twin without words reads on
+    with pytest.raises(LDMError, match="learnt words of another pipeline that shares it \\('<toy>'\\): remove them"):
+        add(twin, learnt(name, ONE, 1))
+    same = copy.copy(pipe)
+    remove(pipe, MANY)
+    add(pipe, learnt(name, MANY, 2, seed=9))
+    with pytest.raises(LDMError, match="aren't on its"):  # a word of that name and length, and other vectors
+        same.read(PROMPTS[:1])
+    late, whole = copy.copy(pipe), copy.deepcopy(pipe)
+    add(pipe, learnt(name, ONE, 1))
+    both = pipe.read(PROMPTS).context
+
+    def refused(other: Pipeline):
+        state = other.embeddings, other.tokenizer
+        for act in (
+            lambda: other.read(PROMPTS[:1]),
+            lambda: other.read(PROMPTS[:1], dialect="a1111"),
+            lambda: add(other, learnt(name, "<new>", 1)),
+            lambda: remove(other, MANY),
+        ):
+            with pytest.raises(LDMError, match=r"learnt words .*aren't on its text encoder.*put back"):
+                act()
+        assert state == (other.embeddings, other.tokenizer)
+        assert torch.equal(pipe.read(PROMPTS).context, both)
+
+    refused(late)
+    for part in (*WIDTHS[name], *(each.replace("text_encoder", "tokenizer") for each in WIDTHS[name])):
+        other = copy.copy(pipe)
+        setattr(other, part, getattr(models.ours(name), part))
+        refused(other)
+        setattr(other, part, getattr(pipe, part))
+        assert torch.equal(other.read(PROMPTS).context, both)  # it is put back
+    add(whole, learnt(name, ONE, 1))  # a deep copy has its own
+    remove(whole, MANY)
+    for word in (ONE, MANY):
+        remove(pipe, word)
+    with pytest.raises(LDMError, match="aren't on its"):
+        late.read(PROMPTS[:1])
+    assert torch.equal(whole.read([ONE]).context, whole.read([ONE.upper()]).context)
+    add(twin, learnt(name, ONE, 1))
+    assert torch.equal(whole.read(PROMPTS).context, twin.read(PROMPTS).context)
 
 
 @pytest.mark.parametrize("by", ["parts", "blocks"])
@@ -319,6 +392,13 @@ def test_vectors_of_another_model_are_refused(models):
             add(copy.copy(models.ours(other)), learnt(one, "<new>", 1))
 
 
+def test_vectors_for_the_second_text_encoder_alone_are_said_to_be_so(models):
+    vectors = {"text_encoder_2": normal(1, 2, 24)}
+    for target in ("sd1", "sdxl"):  # of one width with the first one's
+        with pytest.raises(LDMError, match=r"SDXL's second text encoder alone \(clip_g, vectors of 24 numbers\), and "):
+            add(copy.copy(models.ours(target)), Embedding("<new>", vectors, "new.safetensors"))
+
+
 def test_a_word_has_no_more_vectors_than_a_prompt_has_room(models):
     pipe = fresh(models, "sd1")
     pipe.tokenizer = copy.copy(pipe.tokenizer)
@@ -340,6 +420,76 @@ def test_it_says_how_long_the_vectors_are(models, capsys):
     lengths = models.ours("sdxl").text_encoder.embeddings.token_embedding.weight.norm(dim=1)
     low, high = (float(lengths.sort().values[round(share * (len(lengths) - 1))]) for share in (0.05, 0.95))
     assert f"most of the vocabulary's are {low:.2g} to {high:.2g}; " in said and low < 0.8 * high
+
+
+def test_it_says_that_a_word_of_letters_is_found_inside_others(models, capsys):
+    pipe = fresh(models, "sd1")
+    for word in ("rg", "ARG", MANY, "arg-1"):
+        add(pipe, learnt("sd1", word, 1))
+        pieces, said = pipe.tokenizer.pieces("a large house"), capsys.readouterr().err
+        assert (word in pieces) == word.isalpha()
+        told = f"'{word}' is found inside other words too, and cuts them up, as in diffusers; '<{word}>' would not be."
+        assert told in said if word.isalpha() else "inside other words" not in said
+        remove(pipe, word)
+
+
+# ---------------------------------------------------------------------------------------------------- dialects
+
+SIGNS = {  # word -> what a prompt in a1111 and in compel writes ("" is: can't), and what is said of it
+    MANY: (MANY, MANY, ""),
+    "a:b": ("a:b", "a:b", ""),
+    "bad_prompt(v2)": (
+        r"bad_prompt\(v2\)",
+        r"bad_prompt\(v2\)",
+        r"write it bad_prompt\(v2\); in compel write it bad_p",
+    ),
+    "bad[x]": (r"bad\[x\]", "bad[x]", r"for theirs: in a1111 write it bad\[x\]."),
+    "[p|q]": (r"\[p|q\]", "[p|q]", r"in a1111 write it \[p|q\]."),
+    "BREAK": (r"BRE\AK", "BREAK", r"in a1111 write it BRE\AK."),
+    "toy)": (r"toy\)", r"toy\)", r"in compel write it toy\)."),
+    "zo++": ("zo++", "", "for theirs: compel can't name it, so call it otherwise"),
+    "hello,there": ("hello,there", "", "compel can't name it, so call it otherwise"),
+    "new-v1.3": ("new-v1.3", "new-v1.3", "theirs: compel finds it outside of brackets alone."),
+}
+
+
+@pytest.mark.parametrize("word", SIGNS)
+def test_a_word_with_signs_is_written_in_each_dialect_as_it_is_said(models, word, capsys):
+    pipe = fresh(models, "sd1")
+    add(pipe, learnt("sd1", word, 2))
+    *written, said = SIGNS[word]
+    err = capsys.readouterr().err
+    assert said in err if said else "dialects" not in err
+    table = pipe.text_encoder.embeddings.token_embedding.weight
+
+    def heard(prompt: str, dialect: str) -> bool:
+        """Whether both of its vectors are, at every step: what is read is another if they are."""
+        if dialect == "a1111" and len(stages(prompt, 2)) > 1:
+            return False
+        before, found = pipe.read([prompt], dialect=dialect).context, []
+        for row in (-2, -1):
+            kept = table[row].clone()
+            table.data[row] = -kept
+            found.append(not torch.equal(before, pipe.read([prompt], dialect=dialect).context))
+            table.data[row] = kept
+        return all(found)
+
+    assert heard(f"a {word} house", "plain")
+    for dialect, text in zip(("a1111", "compel"), written, strict=True):
+        spelt, everywhere = spelling(word, dialect, pipe.tokenizer)
+        assert spelt == text
+        weighed = {"a1111": "a ({}:1.3) house", "compel": "a ({})1.3 house"}[dialect]
+        if text:
+            assert heard(f"a {text} house", dialect)
+            assert heard(weighed.format(text), dialect) == everywhere
+        else:
+            assert not heard(f"a {word} house", dialect)
+        assert heard(weighed.format(word), dialect) == (everywhere and text == word)  # why it is said
+
+
+def test_a_word_as_long_as_a_prompt_is_written_as_others_are(models, capsys):
+    add(fresh(models, "sd1"), learnt("sd1", MANY, 75))
+    assert "dialects" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- the tokenizer

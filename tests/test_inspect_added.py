@@ -113,8 +113,9 @@ def test_a_lora_of_stable_diffusion_1(run):
         "text encoder": [norm(tensors, f, 0.5), norm(tensors, g, 0.25)],
     }
     assert [each.block for each in report.strengths] == list(wanted)
-    for block, layers, size in report.strengths:
+    for block, layers, size, share in report.strengths:
         assert layers == len(wanted[block]) and size == pytest.approx(math.hypot(*wanted[block]), rel=1e-6) and size > 1
+        assert share is None  # of no model that is here
     assert report.use == ('ldm generate "a lighthouse at dusk" --model MODEL --lora x.safetensors:0.8',)
     bars = {line[2:22].strip(): line.count("#") for line in run("x.safetensors").splitlines() if " layer" in line}
     most = max(report.strengths, key=lambda each: each.norm)
@@ -142,7 +143,8 @@ def test_of_other_forms_and_trainers():
     name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     peft = {f"{name}.lora_A.weight": normal(1, 4, 320), f"{name}.lora_B.weight": normal(2, 320, 4)}
     report = inspect(write(peft, lora_adapter_metadata=json.dumps({"unet.r": 4, "unet.lora_alpha": 8})))
-    assert report.what == "a LoRA in PEFT's names" and report.facts["trained by"] == "diffusers and PEFT"
+    assert report.what == "a LoRA in PEFT's names"
+    assert report.facts["trained by"] == "not said; the file is in diffusers' format"
     assert report.facts["alpha"] == "8; so the factors' product is scaled by 2"
     old = f"{name.removesuffix('.to_q')}.processor.to_q_lora"  # whose names `recognise` doesn't know as a LoRA's
     report = inspect(write({f"{old}.down.weight": normal(1, 4, 320), f"{old}.up.weight": normal(2, 320, 4)}))
@@ -223,11 +225,12 @@ def test_whether_it_goes_with_a_model_is_asked_of_that_model(run, model, monkeyp
     write(mine)
     reads.clear()
     alone, report = inspect("x.safetensors"), inspect("x.safetensors", base=model)
-    assert set(reads) == set(mine)  # numbers of the LoRA, none of a model's
+    assert set(reads) == {*mine, f"{layer}.weight"}  # numbers of the LoRA, and of the model those that it changes
     assert alone.sound and "--model M asks" in alone.warnings[0] and "MODEL" in alone.use[0]
     assert report.sound and not report.warnings and report.facts["goes with"] == f"{model}, by its names and shapes"
     assert report.use == (f'ldm generate "a lighthouse at dusk" --model {model} --lora x.safetensors:0.8',)
-    assert alone.strengths == report.strengths and report.strengths[0].block == "UNet up_blocks.0"
+    assert [each[:3] for each in alone.strengths] == [each[:3] for each in report.strengths]
+    assert report.strengths[0].block == "UNet up_blocks.0" and alone.strengths[0].share is None
     write(kohya(SD1), "sd1.safetensors")
     text = run("sd1.safetensors", "--model", model, status=1)
     assert "! sd1.safetensors does not fit" in text and SD1_TITLES in text and "ldm generate" not in text
@@ -235,6 +238,36 @@ def test_whether_it_goes_with_a_model_is_asked_of_that_model(run, model, monkeyp
     assert main(["inspect", "x.safetensors", "--model", "gone"]) == 1
     idle = inspect(model, base=model)
     assert idle.sound and "is asked of LoRAs and embeddings alone" in idle.warnings[0]
+
+
+def test_of_a_model_that_is_here_the_share_is_told_that_is_changed_of_each_block(run, model):
+    """It is what adding the LoRA really does to the weights."""
+    pipe, layers = ldm.load(model), {}
+    for part, network in (("unet", pipe.unet), ("te", pipe.text_encoder)):
+        for name, each in network.named_modules():
+            if name.endswith(("attn1.to_q", "proj_in", "conv1", "fc1")):
+                outside = "text_model." if part == "te" else ""
+                layers[f"lora_{part}_{f'{outside}{name}'.replace('.', '_')}"] = tuple(each.weight.shape)
+    write(kohya(layers))
+    report = inspect("x.safetensors", base=model)
+    found = {each.block: each.share for each in report.strengths}
+    assert report.strengths_in == str(model) and {"text encoder", "UNet mid_block", "UNet up_blocks.1"} <= found.keys()
+
+    def weights_of(block):
+        network = pipe.text_encoder if block == "text encoder" else pipe.unet.get_submodule(block.split()[1])
+        named = {name: p.detach().double() for name, p in network.named_parameters()}
+        ends = ("attn1.to_q.weight", "proj_in.weight", "conv1.weight", "fc1.weight")
+        return torch.cat([p.flatten() for name, p in named.items() if name.endswith(ends)])
+
+    before = {block: weights_of(block) for block in found}
+    pipe.add_lora("x.safetensors")
+    for block, share in found.items():
+        change = (weights_of(block) - before[block]).norm() / before[block].norm()
+        assert share == pytest.approx(change.item(), rel=1e-5) and share > 0.01, block
+    lines = str(report).splitlines()
+    assert any(line.endswith(f"(Frobenius norm, and its share of the weights' own in {model})") for line in lines)
+    told = next(line for line in lines if line.startswith("  UNet mid_block"))
+    assert f"  {100 * found['UNet mid_block']:.2g} %  #" in told, told
 
 
 def test_the_same_as_json(run):
@@ -269,6 +302,11 @@ def test_what_a_trainer_wrote_is_told(run):
     tops = "neon style (55), house (40), boat (9), sea (8), a (3), b (2)"
     assert facts["words"] == f"the most frequent of its captions: {tops}"
     assert facts_of_training(metadata | {"modelspec.trigger_phrase": "in neon"})["words"] == "in neon"
+
+
+def test_the_embedded_lora_says_who_trained_it_and_for_which_model():
+    facts = inspect("scenes-neon").facts
+    assert facts["trained by"] == "ldm" and facts["trained on"] == "scenes, as its metadata say"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy, deepcopy
 from pathlib import Path
+from shutil import copyfile
 
 import lora_files
 import numpy as np
@@ -94,6 +95,11 @@ STYLES = {  # whose names, and which of the layers it can name
         ("sd2", "diffusers", FP64, 1.0, None),
         ("sdxl", "original", FP64, 0.8, 2.5),
         ("sdxl", "peft", torch.float32, 0.5, None),
+        ("sd1", "oldest", torch.float32, 0.5, None),
+        ("sd1", "told", torch.float32, -0.7, 3.0),
+        ("sd1", "diffusers", torch.float32, 1.0, None),
+        ("sdxl", "original", torch.float32, 0.8, 2.5),
+        ("sd1", "kohya", torch.float32, 0.0, 1.5),
     ],
 )
 def test_equals_diffusers(models: Models, tmp_path, family, style, dtype, weight, alpha) -> None:
@@ -112,7 +118,10 @@ def test_equals_diffusers(models: Models, tmp_path, family, style, dtype, weight
         found = said(ours, given)
     with ours.lora(file, weight, merge=False):
         beside = said(ours, given)
-    assert_changed(found, plain)
+    if weight:
+        assert_changed(found, plain)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
     for each, other, reference in zip(found, beside, expected, strict=True):
         assert_close(each, reference, DTYPES[dtype])
         assert_close(other, reference, DTYPES[dtype])
@@ -363,6 +372,57 @@ def test_what_leaves_leaves_no_trace(three) -> None:
     assert not any("loras" in vars(net) for net in pipe.parts().values())
 
 
+def test_the_sum_does_not_hang_on_names(three) -> None:
+    """A copy under another name, and a file that isn't there any more: the same bits."""
+    pipe, (a, _, _) = three
+    c = write(a.with_name("m.safetensors"), kohya(pairs(pipe, LINEAR, TEXT, seed=700)))
+    renamed = copyfile(a, a.with_name("z.safetensors"))
+    with pipe.lora(a, 0.7), pipe.lora(c, 0.7), pipe.lora(c, -0.3):
+        expected = {key: tensor.clone() for key, tensor in weights(pipe).items()}
+    with pipe.lora(c, 0.7), pipe.lora(c, -0.3), pipe.lora(renamed, 0.7):
+        assert_bits(pipe, expected)
+        renamed.unlink()
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "copied"])
+def test_what_somebody_else_writes_meanwhile_stays(three, capsys, how: str) -> None:
+    """Nobody's numbers are lost, and the others' come back."""
+    pipe, (a, b, _) = three
+    untouched = {key: tensor.clone() for key, tensor in weights(pipe).items()}
+    on = pipe.add_lora(a, 0.7)
+    pipe.add_lora(b, 0.5)
+    other = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_k
+    other.weight = nn.Parameter(other.weight.data.clone())  # the same numbers, as `ldm.memory` pins them
+    if how == "copied":
+        pipe = deepcopy(pipe)
+    pipe.unet.double()
+    memory.channels_last(pipe)
+    key = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    layer = pipe.unet.get_submodule(key)
+    size = 0.5 if how == "replaced" else 1e-4  # of a weight that was put there, it is its numbers that tell
+    theirs = layer.weight.data + size * normal(1, *layer.weight.shape)
+    layer.load_state_dict({"weight": theirs}, assign=how == "replaced")
+    capsys.readouterr()
+    pipe.remove_lora(on)
+    said = capsys.readouterr().err
+    assert said.startswith(f"{key}.weight: written by something else while a and b was merged there; what was written")
+    pipe.remove_lora("b")
+    assert capsys.readouterr().err == ""
+    now = weights(pipe)
+    assert torch.equal(now.pop(f"unet.{key}.weight"), theirs)
+    assert all(torch.equal(tensor, untouched[name].to(tensor.dtype)) for name, tensor in now.items())
+    with pipe.lora(a, 0.7), pipe.lora(a, 0.7, merge=False):
+        assert not torch.equal(layer.weight, theirs)
+    assert torch.equal(layer.weight, theirs) and "written by" not in capsys.readouterr().err
+
+
+def test_a_network_with_a_lora_is_not_pickled(three, tmp_path) -> None:
+    pipe, (a, *_) = three
+    with pipe.lora(a), pytest.raises(ldm.LDMError, match=r"a.safetensors is an open file, .* remove it before"):
+        torch.save(pipe.unet, tmp_path / "unet.pt")
+    torch.save(pipe.unet, tmp_path / "unet.pt")
+
+
 def test_the_same_twice_and_weight_0(three) -> None:
     pipe, (a, *_) = three
     untouched = {key: tensor.clone() for key, tensor in weights(pipe).items()}
@@ -401,6 +461,9 @@ def test_all_or_nothing(three, monkeypatch) -> None:
     before = {key: tensor.clone() for key, tensor in weights(pipe).items()}
     with pytest.raises(ldm.LDMError, match="beyond the range of float16: take a smaller weight"):
         pipe.add_lora(a, 1e7)
+    with pytest.raises(ldm.LDMError, match="beyond the range of float16: take a smaller weight"):
+        pipe.add_lora(a, 1e7, merge=False)
+    assert not any(module._forward_hooks for module in pipe.unet.modules())
     assert_bits(pipe, before)
     for owner, name, act in ((LowRank, "delta", lambda: pipe.add_lora(a, 0.5)), (applied, "alike", pipe.loras[0])):
         with monkeypatch.context() as patch:
@@ -591,6 +654,24 @@ def test_says_when_it_does_nothing_or_too_much(three, tmp_path, capsys) -> None:
     assert nothing.endswith("it changes nothing, at weight 0.")
     assert zeros.endswith("it changes nothing, for its factors are zero (it was never trained), or its alphas are.")
     assert much.endswith("that is more than the weights themselves, so expect noise, and try a smaller weight.")
+
+
+def test_large_changes_in_words() -> None:
+    """And their norms, whose squares are beyond all range."""
+    shares = (0.000042, 0.031, 1.2, 9.99, 1234.5, 1e19, math.inf)
+    assert [applied.percent(share) for share in shares] == [
+        "0.0042 %", "3.1 %", "120 %", "999 %", "1,234 times their size", *["more than a million times their size"] * 2
+    ]  # fmt: skip
+    down, up = normal(1, 3, 9, dtype=FP64), normal(2, 8, 3, dtype=FP64)
+    for change in (
+        LowRank(1e100 * down, 1e100 * up),
+        Full(1e200 * up @ down),
+        Kronecker(w1=1e100 * up, w2=1e100 * down),
+    ):
+        expected = type(change)(**{name: factor / factor.abs().max() for name, factor in change.factors()}).norm()
+        most = math.prod(float(factor.abs().max()) for _, factor in change.factors())
+        assert change.norm() == pytest.approx(expected * most, rel=1e-12)
+    assert LowRank(1e100 * down, 1e100 * up, 0.0).norm() == 0
 
 
 @pytest.mark.parametrize("weight", [True, math.nan, math.inf, "0.8", None, torch.tensor(0.5)])

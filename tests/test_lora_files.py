@@ -8,6 +8,7 @@ import lora_files
 import pytest
 import torch
 from lora_files import ATTENTION, kohya, layers, original, pairs, peft, told, write
+from peft import LoraConfig, PeftType
 from reference import normal
 from safetensors.torch import save_file
 from test_lora import assert_bits, weights
@@ -308,6 +309,14 @@ REFUSED = {  # what is done to a sound file, and what the sentence says
         "holds 7 of .* tensors that ldm doesn't know",
     ),
     "quantised": (with_one(f"{LAYER}.lora_up.weight", torch.ones(24, 4, 1, 1, dtype=torch.int8)), "is quantised"),
+    "whole numbers": (
+        with_one(f"{LAYER}.lora_up.weight", torch.ones(24, 4, 1, 1, dtype=torch.int32)),
+        "is of type I32, no number's that a factor has",
+    ),
+    "truths": (
+        with_one(f"{LAYER}.lora_up.weight", torch.ones(24, 4, 1, 1, dtype=torch.bool)),
+        "'lora_unet_mid_block_attentions_0_proj_in.lora_up.weight' is of type BOOL, no number's",
+    ),
     "empty": (alone({}), "holds no tensors at all"),
     "a DoRA": (
         with_one(f"{LAYER}.dora_scale", normal(1, 24, 1, 1, 1)),
@@ -413,8 +422,18 @@ def test_says_for_what_it_was_made(models: Models, tmp_path, width: int, made_fo
         ({"peft_type": "OFT"}, "says that it is a 'OFT'"),
         ({"r": 7}, "rank 7 is said of .* whose factors are of rank"),
         ({"rank_pattern": {}, "r": 0}, "a rank must be a whole number of 1 or more"),
-        ({"lora_alpha": "a lot"}, "its alpha is .*, where numbers belong"),
+        ({"lora_alpha": "a lot"}, 'its lora_alpha is "a lot", where a number belongs'),
         ({"alpha_pattern": {"(a+)+": 3}}, r"pattern '\(a\+\)\+' is more than a layer's name"),
+        ({"rank_pattern": [4]}, r"its rank_pattern is \[4\], where a table of layers and numbers belongs"),
+        ({"alpha_pattern": [4]}, r"its alpha_pattern is \[4\], where a table"),
+        ({"lora_alpha": 10**400}, r"its lora_alpha is 10{79}\.\.\., where a number belongs"),
+        ({"lora_alpha": {"to_q": 4}}, "its lora_alpha is .*, where a number belongs"),
+        ({"use_rslora": "false"}, 'its use_rslora is "false", neither true nor false'),
+        ({"init_lora_weights": "pissa_niter_4"}, "began with 'pissa_niter_4', which changes the model's weights too"),
+        ({"init_lora_weights": "olora"}, "began with 'olora', which changes"),
+        ({"modules_to_save": ["conv_in"]}, "says modules_to_save, which needs whole layers beside the factors"),
+        ({"bias": "lora_only"}, "says bias, which needs other biases of layers"),
+        ({"use_bdlora": {"nblocks": 2}}, "says use_bdlora, which needs factors that are block-diagonal"),
     ],
 )
 def test_what_peft_says_may_be_wrong(models: Models, tmp_path, fields: dict, sentence: str) -> None:
@@ -424,8 +443,42 @@ def test_what_peft_says_may_be_wrong(models: Models, tmp_path, fields: dict, sen
     if "r" in fields:
         said["unet.rank_pattern"] = {}
     file = write(tmp_path / FILE, peft(found), {"lora_adapter_metadata": json.dumps(said)})
-    with pytest.raises(ldm.LDMError, match=sentence):
+    with pytest.raises(ldm.LDMError, match=sentence) as error:
         open_lora(file)
+    assert str(file) in str(error.value)
+
+
+def test_what_peft_says_and_means_nothing(tmp_path) -> None:
+    """All that PEFT's own configuration says by itself, and a beginning that leaves the model as it is."""
+    fields = LoraConfig(r=4, lora_alpha=2, init_lora_weights="gaussian", lora_dropout=0.1).to_dict()
+    said = {f"unet.{key}": value.value if isinstance(value, PeftType) else value for key, value in fields.items()}
+    tensors = {"unet.conv_in.lora_A.weight": normal(1, 4, 9), "unet.conv_in.lora_B.weight": normal(2, 8, 4)}
+    lora = open_lora(write(tmp_path / FILE, tensors, {"lora_adapter_metadata": json.dumps(said)}))
+    assert [group.alpha for group in lora.groups] == [2]
+
+
+@pytest.mark.parametrize(
+    ("file", "prefix", "alpha"),
+    [(FILE, "unet.", None), (FILE, "base_model.model.", 6), ("adapter_model.safetensors", "unet.", 6)],
+)
+def test_whose_the_configuration_beside_is(tmp_path, file: str, prefix: str, alpha: float | None) -> None:
+    """PEFT's is of the file that PEFT writes, and of no other in that folder."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 6}')
+    tensors = {f"{prefix}conv_in.lora_A.weight": normal(1, 4, 9), f"{prefix}conv_in.lora_B.weight": normal(2, 8, 4)}
+    assert [group.alpha for group in open_lora(write(tmp_path / file, tensors)).groups] == [alpha]
+
+
+def test_words_in_the_same_file_are_passed_over(models: Models, tmp_path, capsys) -> None:
+    found = kohya(pairs(models.ours("sd1"), ("to_q",), ()))
+    words = {"bundle_emb.toy.string_to_param.*": normal(1, 2, 24)}
+    lora = open_lora(write(tmp_path / FILE, found | words))
+    line = capsys.readouterr().err
+    assert "1 learnt word (toy) beside the LoRA passed over" in line and line.count("\n") == 1
+    without = open_lora(write(tmp_path / FILE, found))
+    assert [group.keys for group in lora.groups] == [group.keys for group in without.groups]
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ldm.LDMError, match=r"holds 1 learnt word \(toy\) and no LoRA"):
+        open_lora(write(tmp_path / FILE, words))
 
 
 def test_the_refiners_text_encoder_is_the_second(models: Models, tmp_path) -> None:

@@ -198,6 +198,26 @@ def test_loras_are_what_add_lora_makes_of_the_weights(models, others, tmp_path):
 # ---------------------------------------------------------------------------------------------------- what is written
 
 
+def test_it_says_what_each_lora_changes(models, others, tmp_path, capsys):
+    """The lines of adding them, to what was merged; and where nothing changes, that."""
+    a, b, added = models.folder("sd1"), others("sd1", 1), loras(tmp_path)
+    merge(Recipe(a, b, 0.3), tmp_path / "two")
+    capsys.readouterr()
+    made = merge(Recipe(a, b, 0.3, loras=added), tmp_path / "made")
+    said = capsys.readouterr().err.splitlines()
+    assert [each.name for each in made.loras] == ["two", "one"]
+    pipe = ldm.load(tmp_path / "two")
+    capsys.readouterr()
+    for (file, weight), line in zip(added, said[-2:], strict=True):
+        pipe.add_lora(file, weight)
+        assert capsys.readouterr().err == line + "\n"
+    for recipe in (Recipe(a, a, 0.4), Recipe(a, b, 0.0), Recipe(a, loras=[(added[0][0], 0.0)])):
+        merge(recipe, tmp_path / "made", overwrite=True)
+        assert capsys.readouterr().err.endswith(f"Nothing changes: every weight is that of {a}.\n")
+    merge(Recipe(a, b, 0.3), tmp_path / "made", overwrite=True)
+    assert "Nothing changes" not in capsys.readouterr().err
+
+
 def test_it_draws_and_diffusers_reads_it(models, others, tmp_path):
     a, b = models.folder("sdxl"), others("sdxl", 1)
     made, file = tmp_path / "made", tmp_path / "made.safetensors"
@@ -337,6 +357,17 @@ def test_what_is_no_recipe(models, others, tmp_path):
         (Recipe(a, loras=[("x", float("inf"))]), "must be a finite number"),
         (Recipe(a, loras=[("x", 1.0)]), "There is no file 'x'"),
         (Recipe(a, a / "unet"), "is a unet alone, and whole models"),
+        (
+            Recipe(a, b, blocks={"IN11": 0}),
+            "no block of this model's UNet, which has IN00 to IN05, M00 and OUT00 to OUT05",
+        ),
+        (Recipe(a, b, blocks={"in04": 0}), "'in04' names no block of this model's UNet, which has IN00 to"),
+        (Recipe(a, b, blocks={3: 0.1}), "Blocks are a table of names"),
+        (Recipe(a, b, blocks=["vae"]), "Blocks are a table of names"),
+        (Recipe(a, loras=["x.safetensors"]), "LoRAs are pairs of a file and its weight"),
+        (Recipe(a, loras="x.safetensors"), "LoRAs are pairs of a file and its weight"),
+        (Recipe(a, loras=[("x", "0.5")]), "must be a finite number"),
+        (Recipe(None, b), "A model is a name, a folder, a file or an address, not None"),
     ):
         with pytest.raises(LDMError, match=sentence):
             merge(recipe, tmp_path / "never")
@@ -345,6 +376,10 @@ def test_what_is_no_recipe(models, others, tmp_path):
     for recipe in (Recipe(a, tmp_path / "bad"), Recipe(a, b, 0.5, tmp_path / "bad"), Recipe(tmp_path / "bad", b, 1)):
         with pytest.raises(LDMError, match=r"bad.*conv_out.bias' holds numbers that are not finite"):
             merge(recipe, tmp_path / "never")
+    save_file({f"{UNET_LORA}.diff": torch.full((24, 24), 1e6)}, tmp_path / "large.safetensors")
+    with pytest.raises(LDMError, match=r"carry 'mid_block.*' of .*sd1.* beyond the range of float16: take") as error:
+        merge(Recipe(a, loras=[(tmp_path / "large.safetensors", 1)]), tmp_path / "never", "float16")
+    assert "tmp" not in str(error.value).replace(str(a), "").replace(str(tmp_path), "")
     assert not (tmp_path / "never").exists()
     for target in (a, b, b / "unet"):
         with pytest.raises(LDMError, match=r"holds what is to be|lies inside of what"):

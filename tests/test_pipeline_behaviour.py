@@ -551,6 +551,9 @@ REFUSED = {
         "3 pictures asked for, but 1 generators given: one each",
     ),
     "prompt that is no text": ({"prompt": [3]}, "A prompt must be a text, not int: 3"),
+    "None for a prompt": ({"prompt": None}, "A prompt must be a text, not NoneType: None"),
+    "a number as prompt": ({"prompt": 5}, "A prompt must be a text, not int: 5"),
+    "a number as negative": ({"negative": 5}, "A negative prompt must be a text, not int: 5"),
 }
 
 

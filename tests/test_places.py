@@ -1,13 +1,16 @@
 """Where the file of what is added to a model lies: an embedded one's name, a path, a folder, the hub's cache."""
 
+import subprocess
+import sys
+
 import pytest
 
 from ldm import hub
 from ldm.checkpoints import places
-from ldm.checkpoints.places import CONFIG, INDEX, LORA, find_file, find_model
+from ldm.checkpoints.places import CONFIG, EMBEDDING, INDEX, LORA, find_file, find_model
 from ldm.errors import LDMError
 from ldm.lora.file import open_lora
-from ldm.text.embeddings import FILE as EMBEDDING
+from ldm.text import embeddings
 
 
 @pytest.fixture
@@ -52,14 +55,39 @@ def test_a_file_of_the_hub_that_is_here(shelf, monkeypatch, tmp_path):
     [
         ("nowhere.safetensors", r"There is no file 'nowhere.safetensors' here, nor an embedded one .*\(neon\)\.$"),
         ("neom", "Did you mean 'neon'"),
-        ("canny", r"There is no file 'canny' here"),
+        ("canny", r"The embedded 'canny' is a ControlNet, and not a LoRA: ldm.load_controlnet, --control\.$"),
+        ("scenes", r"The embedded 'scenes' is a whole model, and not a LoRA: ldm.load, --model\.$"),
+        ("mushroom", r"'mushroom' is a learnt word, and not a LoRA: pipe.add_embedding, --embedding\.$"),
+        ("", "named by a file, a folder or an embedded one's name, not by ''"),
+        (None, "not by None"),
+        (3, "not by 3"),
+        (["neon"], "not by"),
+        ("a\0b", "not by"),
+        ("a" * 5000, "not by 'aaa"),
+        ("a" * 300, r"There is no file 'aaa.*\(neon\)\.$"),
+        ("loras/style.safetensors", r"\(neon\)\.$"),
+        ("old/style.pt", r"\(neon\)\.$"),
+        ("folder/loras/style.safetensors", r"\(neon\)\.$"),
+        ("sd15", r"\(neon\)\.$"),
         ("org/name/style.safetensors", "`ldm fetch org/name/style.safetensors` brings it"),
         ("org/name", "`ldm fetch org/name/FILE` brings it"),
     ],
 )
 def test_what_is_nowhere(shelf, name, sentence):
+    (shelf.parent / "here" / "folder").mkdir()
     with pytest.raises(LDMError, match=sentence):
         find_file(name, LORA)
+
+
+def test_a_lora_is_no_word(shelf):
+    with pytest.raises(LDMError, match=r"'neon' is a LoRA, and not a learnt word: pipe.add_lora, --lora"):
+        find_file("neon", EMBEDDING)
+
+
+def test_finding_a_name_needs_no_torch():
+    assert embeddings.FILE == EMBEDDING  # ldm.text knows nothing of checkpoints
+    program = "import sys, ldm.checkpoints.places; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize(("name", "how"), [("neon", "pipe.add_lora, --lora"), ("mushroom", "pipe.add_embedding")])

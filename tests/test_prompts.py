@@ -6,7 +6,7 @@ from copy import copy
 import pytest
 import torch
 from compel.prompt_parser import Blend, CrossAttentionControlSubstitute, PromptParser
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as limited
 from hypothesis import strategies as st
 from prompt_rules import BREAK, at_step, by_chance, letters
@@ -17,7 +17,7 @@ from tiny_pairs import SCENES, scenes
 import ldm
 from ldm.cli import main
 from ldm.errors import LDMError
-from ldm.lab.trace import words_of, words_told
+from ldm.lab.trace import texts_at, words_of, words_told
 from ldm.text.prompts import DIALECTS, a1111, check_dialect, compel, schedules
 from ldm.text.prompts.chunks import by_sentences, in_chunks
 from ldm.text.prompts.notices import notices
@@ -224,6 +224,7 @@ ANYTHING = st.lists(st.text(max_size=5) | SIGNS, max_size=25).map("".join)
 
 
 @limited(max_examples=120, deadline=None)
+@example('"\n"')
 @given(ANYTHING)
 def test_any_string_is_parsed_and_written_back(prompt):
     sections = a1111.parse(prompt)
@@ -365,6 +366,20 @@ SAID = {
     ("withLora(x) a cat", "compel"): "A LoRA in the prompt is not read",
     ('("a", "b").and() tail', "compel"): "What stands behind .and() is not read: 'tail'",
     ('("a", "b").blend(1)', "compel"): "The prompt is read as words, without weights",
+    ("((masterpiece)), a fish", "plain"): "'((masterpiece))' is read as it stands; dialect='a1111'",
+    ("((a)+ b)1.2", "plain"): "')+' is read as it stands; dialect='compel'",
+    ("[ugly] house", "plain"): "'[ugly]' is read as it stands; dialect='a1111'",
+    ("red+ house", "plain"): "'red+' is read as it stands; dialect='compel'",
+    ("red++ house", "a1111"): "'red++' is read as it stands; dialect='compel'",
+    ("a (house)1.3", "a1111"): "')1.3' is read as it stands; dialect='compel'",
+    ('("a", "b").blend(1, 1)', "a1111"): "').blend(' is read as it stands; dialect='compel'",
+    ("a (red:1.3) house", "compel"): "'(red:1.3)' is read as it stands; dialect='a1111'",
+    ("a [b:c:0.5] d", "compel"): "'[b:c:0.5]' is read as it stands; dialect='a1111'",
+    ("a BREAK b", "compel"): "'BREAK' is read as it stands; dialect='a1111'",
+    ("a <lora:x:0.8> fish", "compel"): "'<lora:x:0.8>' is read as words: add a LoRA to the model",
+    ("a <toy>", "plain"): "'<toy>' is read letter by letter, for no learnt word",
+    ("a (<toy>:1.3)", "a1111"): "'<toy>' is read letter by letter, for no learnt word",
+    ("a <toy>++", "compel"): "'<toy>' is read letter by letter, for no learnt word",
 }
 
 
@@ -375,10 +390,17 @@ def test_what_a_dialect_does_not_read_is_said(prompt, dialect, tokenizer):
 
 
 def test_of_ordinary_prompts_nothing_is_said(tokenizer):
-    for prompt in ("a large red house (old), 10:30 - C++", "e-mail [draft] a | b", "well-known + nice", "red " * 75):
+    prompts = ("a large red house (old), 10:30", "e-mail, a | b", "well-known + nice", "red " * 75, "a house (red)")
+    prompts += ("(old)-fashioned, 50+ trees, pre- and C+", 'I (a friend) say "no"-', "1 < 2 > 0 <3", "a <|endoftext|>")
+    for prompt in prompts:
         for dialect in DIALECTS:
-            quiet = dialect == "compel" or "C++" not in prompt
-            assert not quiet or notices(prompt, dialect, tokenizer) == (), (prompt, dialect)
+            assert notices(prompt, dialect, tokenizer) == (), (prompt, dialect)
+    knows = tokenizer.with_words({"<toy>": [len(tokenizer)]})
+    for dialect in DIALECTS:
+        assert notices("a <toy> and a <TOY>", dialect, knows) == ()
+        assert notices("a <toi>", dialect, knows)[0].endswith(" Did you mean '<toy>'?")
+    for sign in ("[a" * 3000, "[" + "a" * 9000, "<" + "a" * 9000, "(" * 9000, "a" * 9000):  # and at once
+        assert all(notices(sign, dialect, knows) is not None for dialect in ("plain", "a1111"))
 
 
 def test_a_dialect_that_is_none_is_refused():
@@ -388,14 +410,16 @@ def test_a_dialect_that_is_none_is_refused():
 
 
 def test_words_are_told_where_they_stand(tokenizer):
-    words, note = words_told(tokenizer, "red " * 74 + "(lighthouse:1.2) BREAK fish", "a1111", 5)
+    words, note = words_told(tokenizer, ["red " * 74 + "(lighthouse:1.2) BREAK fish"], "a1111")
     assert note == "" and words[73].tokens == (74,) and words[-1].text == "fish"
     assert words[74].text == "lighthouse" and len(words[74].tokens) > 1  # it goes on in the second chunk
     assert words[74].tokens[:2] == (75, 77 + 1) and words[75].tokens == (2 * 77 + 1,)
     for prompt, dialect, why in (("[a|b]", "a1111", "at other steps"), ('("a", "b").blend()', "compel", "blend")):
-        words, note = words_told(tokenizer, prompt, dialect, 5)
+        words, note = words_told(tokenizer, texts_at(prompt, dialect, 5, range(1, 6)), dialect)
         assert words == () and why in note
-    assert words_told(tokenizer, "[red:blue:1.0]", "a1111", 5)[0][0].text == "red"
+    assert texts_at("[red:blue:0.6]", "a1111", 5, range(1, 6)) == ["red", "blue"]
+    assert texts_at("[red:blue:0.6]", "a1111", 5, range(1, 4)) == ["red"]
+    assert texts_at("[red:blue:0.6]", "plain", 5, range(1, 6)) == ["[red:blue:0.6]"]
 
 
 def test_importing_the_dialects_reads_no_torch():

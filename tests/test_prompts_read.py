@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from ldm.control import Control
 from ldm.ensemble import Ensemble
 from ldm.errors import LDMError
 from ldm.lab.trace import trace
+from ldm.text.embeddings import Embedding
 from ldm.text.prompts import DIALECTS, a1111
 from ldm.text.prompts.chunks import in_chunks
+from ldm.text.prompts.weighing import emphasised
 from ldm.text.words import vectors
 from ldm.told import readers
 
@@ -174,9 +177,33 @@ def test_one_by_one_a_picture_is_as_alone_beside_a_longer_prompt(models, capsys)
     options = {"steps": 2, "dialect": "a1111", **SIZE}
     both = pipe(["two (trees:1.2)", long], one_by_one=True, **options).x0
     assert torch.equal(both[:1], pipe("two (trees:1.2)", **options).x0)
-    capsys.readouterr()
+    assert capsys.readouterr().err == ""  # none was filled up
     assert not torch.equal(both[:1], pipe(["two (trees:1.2)", long], **options).x0[:1])
     assert re.match(r"The prompts have 1 to \d chunks: in one batch shorter ones are filled", capsys.readouterr().err)
+
+
+def test_wherever_a_picture_depends_on_its_neighbours_it_is_said(models, capsys):
+    pipe, long = models.ours("sd1", F64), "a " * 80
+    cases = [
+        (["a", "a"], ["b", long], 3.0, "The prompts and negative ones have 1 to 2 chunks"),
+        (["a [b:" + long + ":1]", "a"], "", 3.0, "The prompts have 1 to 2 chunks"),
+        ([long, "a"], ["b", long], 3.0, ""),  # both are as long as alone
+        (["a", "b"], long, 3.0, ""),
+        (["a", "a"], ["b", long], 1.0, "Without guidance (1 or less) the negative prompt does nothing."),
+    ]
+    for prompts, negative, guidance, line in cases:
+        options = {"steps": 2, "guidance": guidance, "dialect": "a1111", **SIZE}
+        alone = pipe(prompts[1], negative=negative if isinstance(negative, str) else negative[1], seed=1, **options).x0
+        first = pipe(prompts[0], negative=negative if isinstance(negative, str) else negative[0], **options).x0
+        capsys.readouterr()
+        both = pipe(prompts, negative=negative, **options).x0
+        said = capsys.readouterr().err
+        assert said.startswith(line) and bool(said) == bool(line), prompts
+        apart = (both - torch.cat([first, alone])).abs().max()
+        assert (apart > 1e-6) == ("chunks" in line), (prompts, apart)
+    blend = '("a", "b").blend(1, 1)'  # two texts, of one length
+    pipe([blend, "a"], dialect="compel", steps=1, **SIZE)
+    assert capsys.readouterr().err == ""
 
 
 @torch.no_grad()
@@ -326,6 +353,69 @@ def test_what_is_said_is_said_once_and_of_the_whole_prompt(models, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     pipe("a house (old)", negative="(fog:1.2)", guidance=1.0, steps=1, **SIZE)  # it isn't read: no word of its signs
     assert capsys.readouterr().err == "Without guidance (1 or less) the negative prompt does nothing.\n"
+
+
+def test_a_run_by_strength_has_the_words_of_its_own_steps(models):
+    pipe, image = models.ours("sd1"), torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    options = {"image": image, "steps": 10, "strength": 0.5, "dialect": "a1111", "guidance": 2.0}
+    for prompt, first in (("[house:fish:6] on snow", "house"), ("[house:fish:0.2] on snow", None)):
+        found = trace(pipe, prompt, **options)
+        assert len(found) == 5 and (found.words[0][0].text if found.words[0] else None) == first
+
+
+def test_words_of_several_stages_are_asked_for_one_by_one(models):
+    pipe = models.ours("sd1")
+    for ask in (pipe.read, pipe.encode):
+        with pytest.raises(LDMError, match=r"^'\[house:fish:0.5\]' has other words at other steps.*stages\("):
+            ask(["a", "[house:fish:0.5]"], dialect="a1111")
+    assert pipe.encode(["[house]", "[house:fish:x]"], dialect="a1111").shape == (2, 77, 24)
+    # What a stage is, is read as it stands, even where it looks like one.
+    odd = pipe("[a:b:[3|x]]", dialect="a1111", steps=2, **SIZE).x0
+    assert odd.isfinite().all()
+
+
+def test_a_trace_tells_its_dialect_and_what_is_on(models):
+    from ldm.lab.shown import headline
+
+    pipe = models.ours("sd1")
+    with pipe.embedding(Embedding("<toy>", {"text_encoder": torch.randn(2, 24)}, Path("toy.pt"), "diffusers")):
+        found = trace(pipe, "a (<toy>:1.2)", steps=1, dialect="a1111", **SIZE)
+    assert repr(found) == "<Trace: 1 steps of ddim with word <toy>, pictures of 'a (<toy>:1.2)', read as a1111>"
+    assert " · read as a1111 · word <toy> · 32 × 32 pixels" in headline(found.settings, 0, False, found.added)
+    again = trace(pipe, "a fish", steps=1, **SIZE)
+    assert again.added == () and "read as" not in repr(again) + headline(again.settings, 0, False)
+
+
+def test_a_learnt_word_that_no_prompt_has_is_said(models, capsys):
+    pipe, options = models.ours("sd1"), {"steps": 1, **SIZE}
+    with pipe.embedding(Embedding("<toy>", {"text_encoder": torch.randn(2, 24)}, Path("toy.pt"), "diffusers")):
+        capsys.readouterr()
+        for more in (
+            {"prompt": "a fish"}, {"prompt": "a toy"}, {"prompt": "a fish", "negative": "<toy>", "guidance": 1.0},
+        ):  # fmt: skip
+            pipe(**more, **options)
+            assert "The learnt word '<toy>' is in no prompt of this run" in capsys.readouterr().err, more
+        for more in (
+            {"prompt": "a <TOY>"}, {"prompt": ["a fish", "[a:(<toy>:1.2):1]"], "dialect": "a1111", "steps": 2},
+            {"prompt": "a <toy>++", "dialect": "compel"}, {"prompt": "a fish", "negative": "<toy>", "guidance": 2.0},
+        ):  # fmt: skip
+            pipe(**{**options, **more})
+            assert "learnt word" not in capsys.readouterr().err, more
+
+
+def test_weights_that_leave_little_of_the_mean_are_said_once(models, capsys):
+    context = torch.randn(2, 77, 24) + 1
+    weights = [[1.0] * 77, [1.0, *[1.5] * 10, *[1.0] * 66]]
+    emphasised(context, weights)
+    assert capsys.readouterr().err == ""
+    for weight in (0.0, 0.1, 9.0, -1.0):
+        emphasised(context, [weights[0], [1.0, *[weight] * 75, 1.0]])
+        said = capsys.readouterr().err
+        assert said.startswith("A prompt's weights move the mean of its vectors so far") and said.count("\n") == 1
+    pipe = models.ours("sdxl")
+    pipe("(a [red|blue|small] house:-0.1)", steps=3, dialect="a1111", negative="(fog:-1)", **SIZE)
+    said = capsys.readouterr().err  # by two encoders, at three steps, of two prompts
+    assert said.count("A prompt's weights move the mean") == 1 and said.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------ where the library is wrong

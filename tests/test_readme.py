@@ -1,6 +1,7 @@
 """What README shows of pictures that steer, run as it stands there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from tiny_pairs import SCENES, scenes
 
 import ldm
+from ldm.cli import main
 from ldm.metrics.control import edge_f1, edges_of
 from ldm.scenes import render, sample
 
@@ -51,6 +53,21 @@ def test_what_is_added_in_the_readme_shows(tmp_path, monkeypatch):
     assert neon.mean() < 0.7 * day.mean() and later.mean() < 0.7 * day.mean()
     assert np.abs(mushroom - day)[40:].mean() > 10  # below the sky
     assert all(torch.equal(p, weights[name]) for name, p in made["pipe"].unet.state_dict().items())
+
+
+@scenes
+def test_what_is_added_on_the_command_line_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """But for the lines that say by capitals, like MODEL, that something is to be put there; and of one step."""
+    monkeypatch.chdir(tmp_path)
+    section = README.read_text(encoding="utf-8").partition("## What people add")[2].partition("\n## ")[0]
+    lines = [shlex.split(line, comments=True) for line in section.splitlines() if line.startswith("    ldm ")]
+    runs = [words[1:] for words in lines if not any(re.fullmatch("[A-Z]{3,}", word) for word in words)]
+    assert [words[0] for words in runs] == ["generate", "inspect", "merge", "tokens"]
+    for words in runs:
+        assert main([*words, *(["--steps", "1"] if words[0] == "generate" else [])]) == 0, capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "trained by  ldm" in out and "house, at night" in out and "at weight 0.5 it changes" in err
+    assert list(tmp_path.glob("*.png")) and (tmp_path / "neon" / "model_index.json").is_file()
 
 
 def test_the_lines_about_sdxl_run_as_they_stand(models):

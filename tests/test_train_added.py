@@ -19,6 +19,7 @@ from ldm import scenes
 from ldm.checkpoints.places import LORA
 from ldm.cli import main
 from ldm.errors import LDMError
+from ldm.io.weights import WeightFiles
 from ldm.metrics import added
 from ldm.text.embeddings import FILE as EMBEDDING
 from ldm.train import common, examples, inversion, lora
@@ -275,6 +276,8 @@ def test_a_trained_lora_is_read_by_ldm_and_by_diffusers_with_the_same_numbers(ba
     pipe = ldm.load(base)
     made = random_factors(pipe.unet, rank=2, alpha=3.0)
     lora.write_lora(tmp_path / LORA, made, "tiny")
+    said = WeightFiles(tmp_path / LORA).metadata
+    assert said["software"] == "ldm" and said["base_model"] == "tiny"
     with torch.no_grad():
         for p in made.parameters():
             p.copy_(p.half().float())  # as the file has them

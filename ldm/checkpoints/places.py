@@ -1,16 +1,24 @@
 """A model's name becomes a place on this machine: an embedded model, a folder or file here, or the hub's."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ldm import hub
 from ldm.errors import LDMError, nearest
-from ldm.io.folders import some
-from ldm.text.embeddings import FILE as EMBEDDING
+from ldm.io.folders import PICKLES, some
 
 PACKAGE = Path(__file__).parent.parent
 INDEX, CONFIG = "model_index.json", "config.json"  # what marks the folder of a whole model, and of one network
 LORA = "pytorch_lora_weights.safetensors"  # and of what is added to a model, as diffusers calls it
+EMBEDDING = "learned_embeds.safetensors"
 ADDED = {LORA: "pipe.add_lora, --lora", EMBEDDING: "pipe.add_embedding, --embedding"}
+MOST_LETTERS = 4096  # of a path, on most systems
+KINDS = {  # what an embedded thing is by its mark, and what reads it
+    INDEX: ("a whole model", "ldm.load, --model"),
+    CONFIG: ("a ControlNet", "ldm.load_controlnet, --control"),
+    LORA: ("a LoRA", ADDED[LORA]),
+    EMBEDDING: ("a learnt word", ADDED[EMBEDDING]),
+}
 
 
 def embedded(mark: str = INDEX) -> dict[str, Path]:
@@ -70,24 +78,44 @@ def find_file(name: str | Path, mark: str) -> Path:
 
     Raises LDMError if there is none; nothing is fetched.
     """
-    known, path, asked = embedded(mark), Path(name), hub.parse(str(name))
-    if str(name) in known:
-        return known[str(name)] / mark
-    if path.is_file():
+    text = str(name)
+    if not isinstance(name, str | Path) or not text or len(text) > MOST_LETTERS or "\0" in text:
+        raise LDMError(f"What is added is named by a file, a folder or an embedded one's name, not by {name!r:.60}.")
+    known, path = embedded(mark), Path(name)
+    if text in known:
+        return known[text] / mark
+    if is_there(path, Path.is_file):
         return path
-    if path.is_dir():
+    if is_there(path, Path.is_dir):
         files = sorted(each for each in path.iterdir() if each.suffix == ".safetensors")
         if (path / mark).is_file() or len(files) == 1:
             return path / mark if (path / mark).is_file() else files[0]
         inside = f"it holds {some([repr(each.name) for each in files])}" if files else "it holds no .safetensors"
         raise LDMError(f"{path} has no {mark}, and {inside}: name the file itself.")
-    if asked is not None and asked.path and (found := hub.local(str(name), allow_pickle=True)) is not None:
+    if other := next((each for each in KINDS if each != mark and text in embedded(each)), None):
+        what, how = KINDS[other]
+        raise LDMError(f"The embedded {text!r} is {what}, and not {KINDS[mark][0]}: {how}.")
+    asked = hub.parse(text)
+    if asked is not None and asked.path and (found := hub.local(text, allow_pickle=True)) is not None:
         return found
-    hint = ""
-    if asked is not None:
-        hint = f" Of the hub, `ldm fetch {name if asked.path else f'{name}/FILE'}` brings it, if you want it."
     names = ", ".join(known) or "none"
     raise LDMError(
-        f"There is no file {str(name)!r} here, nor an embedded one of that name ({names})."
-        + (nearest(str(name), known) or hint)
+        f"There is no file {text!r} here, nor an embedded one of that name ({names})."
+        + (nearest(text, known) or hint_of_hub(text))
     )
+
+
+def is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
+    """Whether a file or a folder is there; a name that is longer than names may be is none."""
+    try:
+        return kind(path)
+    except OSError:
+        return False
+
+
+def hint_of_hub(text: str) -> str:
+    """How to fetch it, if it may be an address on the hub: a file's name, or one in a folder that is here, isn't."""
+    asked, first = hub.parse(text) if "/" in text else None, text.partition("/")[0]
+    if asked is None or Path(first).is_dir() or (not asked.path and text.endswith((".safetensors", *PICKLES))):
+        return ""
+    return f" Of the hub, `ldm fetch {text if asked.path else f'{text}/FILE'}` brings it, if you want it."

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import added
+from ldm.cli import added, additions
 from ldm.cli.options import LEVELS, READING, add_levels, add_model_options, one_of, open_model, real, said, whole
 from ldm.errors import LDMError
 
@@ -46,10 +46,10 @@ def add(commands: "argparse._SubParsersAction") -> None:
 def run(args: argparse.Namespace) -> None:
     from ldm.metrics.evaluation import evaluate
 
-    additions = added.find(added.wishes(args), args.allow_pickle)
-    if additions.found and args.out:
+    found = additions.find(added.wishes(args), args.allow_pickle)
+    if found.found and args.out:
         raise LDMError("--out tells pictures apart by their model alone: leave it out, or what is added to the model.")
-    pipe, _ = open_model(args.model, args.dtype, args.device, None, said(args, READING), additions)
+    pipe, _ = open_model(args.model, args.dtype, args.device, None, said(args, READING), found)
     pipe.schedule(**said(args, LEVELS))  # refuses at once what the model cannot do
     if args.control:
         return run_control(args, pipe)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import added
+from ldm.cli import added, additions
 from ldm.cli.generate import add_settings
 from ldm.cli.options import (
     LEVELS,
@@ -71,8 +71,8 @@ def add(commands: "argparse._SubParsersAction") -> None:
 def run(args: argparse.Namespace) -> None:
     path = Path(args.out)
     prepare_page(path, args.overwrite)
-    additions = added.find(added.wishes(args), args.allow_pickle)
-    pipe, _ = open_model(args.model, args.dtype, args.device, said(args, MEMORY), said(args, READING), additions)
+    found = additions.find(added.wishes(args), args.allow_pickle)
+    pipe, _ = open_model(args.model, args.dtype, args.device, said(args, MEMORY), said(args, READING), found)
     runs = [{"prompt": args.prompt, **said(args, SETTINGS)}]
     changes = {name: getattr(args, f"with_{name}") for name in BESIDE}
     changes = {name: value for name, value in changes.items() if value is not None}

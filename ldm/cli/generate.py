@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import added, given, wishes
+from ldm.cli import added, additions, given, wishes
 from ldm.cli.draw import draw, explain
 from ldm.cli.inside import SHEET, Inside, other_run
 from ldm.cli.options import (
@@ -48,7 +48,7 @@ HELP = """Draw pictures from a sentence, or from a file of sentences.
   ldm generate "a large red house on snow at night" --seed 7 --out picture.png
   ldm generate "a small blue fish" --count 4 --save-steps inside/
   ldm generate --prompts prompts.txt --out pictures/
-  ldm generate "a house" --lora style.safetensors:0.8 --lora scenes-neon:0.3 --dialect a1111
+  ldm generate "a large (red:1.3) house on snow by day" --dialect a1111 --lora scenes-neon:0.8
 
 Each PNG carries its prompt, seed, settings and the model's hash: `ldm rerun picture.png` draws it again."""
 
@@ -93,7 +93,7 @@ def add_settings(p: "argparse._ArgumentGroup") -> None:
     p.add_argument("--negative", metavar="TEXT", help="what to steer away from")
     p.add_argument(
         "--dialect", type=one_of(DIALECTS), metavar="NAME", help="how prompts are read: plain (default), a1111 with "
-        "(word:1.2), BREAK, [a:b:0.5] and more than 77 tokens, or compel with word++; `ldm tokens` shows it",
+        "(word:1.2), BREAK, [a:b:0.5] and more than 75 tokens, or compel with word++; `ldm tokens` shows it",
     )  # fmt: skip
     p.add_argument(
         "--guidance",
@@ -164,11 +164,13 @@ class Drawing:
         self.args, self.several = args, args.count > 1 or args.prompts is not None
         self.memory = said(args, MEMORY)
         self.reading = said(args, READING)
-        self.additions = added.find(added.wishes(args), args.allow_pickle)
+        self.additions = additions.find(added.wishes(args), args.allow_pickle)
         self.pipe, self.model_hash = open_model(
             args.model, args.dtype, args.device, self.memory, self.reading, self.additions
         )
-        self.given = given.open_given(wishes.wishes(args), self.pipe, args.model, self.memory, self.reading)
+        self.given = given.open_given(
+            wishes.wishes(args), self.pipe, args.model, self.memory, self.reading, self.additions
+        )
         self.options = given.sized(self.given, self.pipe, said(args, SETTINGS))
 
     def settings(self, job: Job) -> "Settings":

@@ -13,6 +13,7 @@ from ldm.errors import LDMError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ldm.cli.additions import Additions
     from ldm.control import Control
     from ldm.ensemble import Ensemble
     from ldm.models.controlnet import ControlNet
@@ -85,12 +86,17 @@ class Given:
 
 
 def open_given(
-    wish: dict, pipe: "Pipeline", model: str, memory: dict | None = None, reading: dict | None = None
+    wish: dict,
+    pipe: "Pipeline",
+    model: str,
+    memory: dict | None = None,
+    reading: dict | None = None,
+    additions: "Additions | None" = None,
 ) -> Given:
     """Open every picture, make the conditions and load the ControlNets. Raises LDMError for what cannot be.
 
     `memory`: the switches of `ldm.memory`, which hold for a refiner, too. `reading`: how the model was read; a folder's
-    variant is the refiner's as well, and pickles are allowed for all.
+    variant is the refiner's as well, and pickles are allowed for all. `additions`: what was added to the pipeline.
     """
     from ldm.pictures import extend, read_mask
 
@@ -119,6 +125,8 @@ def open_given(
         dtypes, variant = {"rest": pipe.dtype, "vae": pipe.vae.dtype}, variant_of_others(reading)
         place = find_model(wish["refiner"], INDEX, variant, allow_pickle)
         given.refiner = load(place, dtypes, kept, variant, allow_pickle=allow_pickle)
+        if additions is not None:
+            additions.put_on_refiner(given.refiner)
         save_memory(given.refiner, memory or {}, pipe.device)
         given.hashes["refiner"] = folder_hash(place)
         given.ensemble(pipe)  # refused now, if they don't go together

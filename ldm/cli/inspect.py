@@ -9,8 +9,9 @@ HELP = """Tell what a file or folder is: a model of which family, a ControlNet, 
 sizes and types; tensors that are missing, misshapen or not asked for; what it predicts, what is passed over, and the
 line that uses it. Only headers are read, so that gigabytes take a second; no pickle is run, and nothing is fetched.
 
-Of a LoRA: whose format it has, its rank and alpha, what it changes and how much, block by block; of an embedding, the
-word and its vectors; of both, what they go with. --model M asks whether they go with M.
+Of a LoRA: whose format it has, who trained it, its rank and alpha, what it changes and how much, block by block; of an
+embedding, the word and its vectors; of both, what they go with. These are small, and are read whole, and of a model
+that they go with the weights that they change, if it is here: --model M asks whether they go with M.
 
 Exit status: 0 every tensor is there, of a whole model, of a part of one or of what is added to one; 1 something is
 wrong, it doesn't go with --model, or it is nothing that ldm loads."""
@@ -23,8 +24,9 @@ def add(commands: "argparse._SubParsersAction") -> None:
         "model", metavar="MODEL", help="a file, a folder, an embedded model, or a name of the hub that is here"
     )
     p.add_argument(
-        "--model", metavar="M", dest="base", help="of a LoRA or an embedding: whether it goes with this model"
-    )
+        "--model", metavar="M", dest="base", help="of a LoRA or an embedding: whether it goes with this model, and "
+        "what share of its weights a LoRA changes",
+    )  # fmt: skip
     p.add_argument("--variant", metavar="NAME", help="look at these weights of several: fp16; ema of a single file")
     p.add_argument("--keys", action="store_true", help="name every tensor, with its shape and type")
     p.add_argument("--json", action="store_true", help="print the same as JSON")

@@ -18,7 +18,7 @@ HELP = """Merge models: their weights, tensor by tensor, into those of one.
   ldm merge photo anime --alpha 0.4 --out both.safetensors        0.6 photo + 0.4 anime
   ldm merge photo anime --add-difference sd15 --out both          photo + 0.5 (anime - sd15)
   ldm merge photo anime --block text_encoder=0 --block OUT08=0.9 --out both
-  ldm merge photo --lora neon.safetensors:0.8 --out neon          a LoRA for good
+  ldm merge scenes --lora scenes-neon:0.8 --out neon              a LoRA for good
   ldm merge photo anime --lora neon.safetensors:0.8 --out all     ... on what the two became
 
 A and B are whole models: the name of an embedded one, a folder, a file, or an address on the hub; what is written is a
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = Recipe(
         args.a,
         args.b,
-        **({} if args.alpha is None else {"alpha": args.alpha}),
+        Recipe.alpha if args.alpha is None else args.alpha,
         base=args.add_difference,
         blocks=blocks,
         loras=[(wish.name, wish.value) for wish in args.lora],
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
             return bar.update
 
         options = {"dtype": args.dtype, "variant": args.variant, "allow_pickle": args.allow_pickle}
-        written, changes = merge(recipe, args.out, **options, overwrite=args.overwrite, begin=begin)
+        written, changes, _ = merge(recipe, args.out, **options, overwrite=args.overwrite, begin=begin)
     for folder in written.beside:
         say_on_stderr(f"{folder}: the tokenizer, which has no place in the file; keep the two together.")
     print(f"{written.path}: {recipe}, {bytes_in_words(written.bytes)}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
-    from ldm.cli.added import Additions
+    from ldm.cli.additions import Additions
     from ldm.pipeline import Pipeline
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")

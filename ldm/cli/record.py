@@ -14,7 +14,7 @@ from ldm.io.png import read_settings
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.cli.added import Additions
+    from ldm.cli.additions import Additions
     from ldm.cli.given import Given
     from ldm.pipeline import Pipeline
     from ldm.settings import Settings

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import added, given, wishes
+from ldm.cli import added, additions, given, wishes
 from ldm.cli.draw import draw
 from ldm.cli.generate import SETTINGS
 from ldm.cli.options import (
@@ -51,7 +51,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     p.add_argument("--model", help="the model, if it is not where it was (default: the one the picture names)")
     p.add_argument("--out", metavar="PNG", help="write the new picture there (default: it is only compared)")
     p.add_argument("--overwrite", action="store_true", help="replace whatever --out names")
-    added.add(p, "where it is now, if it is not where it was; its weight or word is as the picture says")
+    added.add(p, "where it is now, if it is not where it was; its weight or word stays what the picture says")
     add_device(p, default=None)
     allow_pickle(p)
     add_memory(p.add_argument_group("memory and time"), autocast=False)
@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         dtypes_of(old["dtype"])
     except argparse.ArgumentTypeError:
-        raise added.torn(args.picture) from None
+        raise additions.torn(args.picture) from None
     if old["autocast"] not in (None, *CASTS) or old["dialect"] not in DIALECTS:
-        raise added.torn(args.picture)
+        raise additions.torn(args.picture)
     if args.out:
         prepare_file(Path(args.out), args.overwrite)
     new_image, new = draw_again(args, old, image.size)
@@ -84,19 +84,19 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
     reading = reading_of(old) | said(args, ("allow_pickle",))
     memory = said(args, MEMORY) | ({} if old["autocast"] is None else {"autocast": old["autocast"]})
     wish = wishes.read_words(old["pictures"], args.picture)
-    additions = added.find_again(old, args, args.picture)
+    found = additions.find_again(old, args, args.picture)
     try:
         if not args.model:
             check_here(old["model"], reading.get("variant"), args.allow_pickle)
         for name, variant in wishes.models(wish, given.variant_of_others(reading)).items():
             check_here(name, variant, args.allow_pickle)
         device = args.device or device_of(old)
-        pipe, model_hash = open_model(args.model or old["model"], old["dtype"], device, memory, reading, additions)
+        pipe, model_hash = open_model(args.model or old["model"], old["dtype"], device, memory, reading, found)
     except LDMError as error:
         hint = "" if args.model else f" (The picture names the model {old['model']!r}; --model says where it is now.)"
         raise LDMError(f"{error}{hint}") from error
     options = {name: old[name] for name in ("seed", *SETTINGS) if name != "steps_are"}  # the steps are in total here
-    opened = given.open_given(wish, pipe, args.model or old["model"], memory, reading)
+    opened = given.open_given(wish, pipe, args.model or old["model"], memory, reading, found)
     opened.lead(old["width"], old["height"])
     now = opened.record()
     for name in {**now, **old["given"]}:
@@ -104,7 +104,7 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
             raise LDMError(f"{args.picture}: what was given as {name} is another one now, so it can't be drawn again.")
     settings = pipe.settings(old["prompt"], **options)
     if opened.size(settings, pipe.vae.config.factor) != size:
-        raise added.torn(args.picture)
+        raise additions.torn(args.picture)
     with progress(opened.total(pipe, settings)) as bar:
         bar.set_description("drawing again")
         bar.clear()
@@ -112,7 +112,7 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
     name = args.model or old["model"]
     record = make_record(pipe, name, model_hash(), settings, old["clip_skip"], batch=1, given=opened)
     told = {"memory": told_of_memory(memory), "reading": old["reading"]}
-    told |= told_of_additions(additions)
+    told |= told_of_additions(found)
     return result.images[0], record | told | {"pixels": pixel_hash(result.images[0])}
 
 

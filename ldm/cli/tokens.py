@@ -24,6 +24,8 @@ piece, id and weight, what was cut off, and of prompts that change on the way at
 
 "a</w>" ends a word, "ligh" doesn't. A number in the last column is a weight other than 1."""
 
+IDLE = ("lora", "vae")
+
 
 def add(commands: "argparse._SubParsersAction") -> None:
     p = commands.add_parser("tokens", help="print the tokens of a prompt, their weights and chunks", description=HELP)
@@ -38,8 +40,11 @@ def add(commands: "argparse._SubParsersAction") -> None:
     p.add_argument("--steps", type=whole(1), metavar="N", help="of the run, where words change on the way")
     p.add_argument(
         "--embedding", type=added.embedding, action="append", default=[], metavar="FILE[:WORD]",
-        help="a learnt word, which may be several tokens, or the name of an embedded one; may be given several times",
+        help="a learnt word, which may be several tokens: a file, its folder, or the name of an embedded one "
+        "(scenes-mushroom); may be given several times",
     )  # fmt: skip
+    for option in IDLE:  # of `ldm generate`, whose line may have become this one
+        p.add_argument(f"--{option}", action="append", help=argparse.SUPPRESS)
     p.add_argument("--json", action="store_true", help="the same for a program")
 
 
@@ -49,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
     from ldm.loading import open_checkpoint
     from ldm.text.prompts.table import tokens_of
 
+    if idle := [f"--{option}" for option in IDLE if getattr(args, option)]:
+        say_on_stderr(f"Tokens don't depend on {' or '.join(idle)}, which is passed over.")
     check_here(str(args.model), None, args.allow_pickle)
     checkpoint = open_checkpoint(
         find_model(args.model, INDEX, None, args.allow_pickle), None, "transformers", args.allow_pickle

@@ -26,7 +26,23 @@ BEGINS_FROM = {  # what --init reads
     "vae": ("vae/diffusion_pytorch_model.safetensors",),
     "unet": ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"),
 }
-HELP = """Train the embedded model of scenes from nothing.
+LORA_HELP = """Train a LoRA: small changes beside a finished model's layers, which bring it a style.
+
+  ldm train lora                                               neon light, in some ten minutes
+  ldm generate "a green boat on sand" --lora runs/scenes/lora-neon:0.8
+
+The pictures are drawn by ldm.scenes, and captions don't name their style. To train on pictures of your own, call
+ldm.train.lora.train(folder, Recipe(...), of=...) in Python, whose `of` gives pictures and captions. What the recipe
+says where an option is left out stands in ldm.train.lora.Recipe."""
+WORD_HELP = """Train a word: vectors for what a finished model has no word for (textual inversion).
+
+  ldm train word                                               <mushroom>, in some ten minutes
+  ldm generate "a red <mushroom> on sand" --embedding runs/scenes/word-mushroom
+
+The pictures are drawn by ldm.scenes. To train on pictures of your own, call
+ldm.train.inversion.train(folder, Recipe(...), of=...) in Python, whose `of` gives pictures and captions. What the
+recipe says where an option is left out stands in ldm.train.inversion.Recipe."""
+HELP = """Train the embedded model of scenes from nothing, or what is added to a finished model.
 
   ldm train all                      everything, in order: some hours on two cores
   ldm train vae --steps 200          one stage
@@ -40,7 +56,7 @@ to STAGE/sheet-*.png."""
 
 
 def add(commands: "argparse._SubParsersAction") -> None:
-    p = commands.add_parser("train", help="train the embedded model of scenes from nothing", description=HELP)
+    p = commands.add_parser("train", help="train the embedded model, a ControlNet, a LoRA or a word", description=HELP)
     stages = p.add_subparsers(metavar="STAGE", required=True, title="stages")
     for name, what in STAGES.items():
         add_stage(stages.add_parser(name, help=what, description=f"Train {what}."), name)
@@ -49,8 +65,8 @@ def add(commands: "argparse._SubParsersAction") -> None:
     )
     add_depth_reader(stages.add_parser("depth-reader", help=DEPTH_READER, description=f"Train {DEPTH_READER}."))
     add_controlnet(stages.add_parser("controlnet", help=CONTROLNET, description=f"Train {CONTROLNET}."))
-    add_lora(stages.add_parser("lora", help=LORA, description=f"Train {LORA}."))
-    add_word(stages.add_parser("word", help=WORD, description=f"Train {WORD}."))
+    add_lora(stages.add_parser("lora", help=LORA, description=LORA_HELP))
+    add_word(stages.add_parser("word", help=WORD, description=WORD_HELP))
     add_export(stages.add_parser("export", help="put the trained parts together as a model folder"))
 
 
@@ -112,12 +128,16 @@ def add_controlnet(p: argparse.ArgumentParser) -> None:
 def add_lora(p: argparse.ArgumentParser) -> None:
     recipe = "(default: the recipe's)"
     add_stage(p, "lora")
-    p.add_argument("--style", metavar="STYLE", help="the style of ldm.scenes that it brings (default: neon)")
-    p.add_argument("--rank", type=whole(1), metavar="N", help=f"rows of each layer's factors {recipe}")
+    p.add_argument(
+        "--style", metavar="STYLE", help="the style of ldm.scenes that it brings: neon, which the model doesn't know, "
+        "or one that it does, such as watercolor (default: neon)",
+    )  # fmt: skip
+    p.add_argument("--rank", type=whole(1), metavar="N", help=f"how many rows each layer's two factors share {recipe}")
     p.add_argument("--alpha", type=real(), metavar="A", help=f"the change is A/rank of the factors' product {recipe}")
     p.add_argument(
-        "--layers", type=one_of(("attention", "transformers", "all")), help=f"attention, transformers or all {recipe}"
-    )
+        "--layers", type=one_of(("attention", "transformers", "all")),
+        help=f"which it changes: attention, transformers or all {recipe}",
+    )  # fmt: skip
     add_addition(p)
 
 
@@ -135,8 +155,8 @@ def add_addition(p: argparse.ArgumentParser) -> None:
     """What is asked of everything that is added to a model."""
     p.add_argument("--base", metavar="MODEL", help="the model it is for: a name or a folder (default: scenes)")
     p.add_argument(
-        "--to", metavar="DIR", help="write it there, too, with a picture of what it does, and measure it: an older one "
-        "is replaced, but for its card (default: only the run's folder has it)",
+        "--to", metavar="DIR", help="write it to this folder, too, with a picture of what it does, and measure it: an "
+        "older one is replaced, but for its card (default: only the run's folder has it)",
     )  # fmt: skip
     p.add_argument(
         "--measure", type=whole(0), default=200, metavar="N", help="held-out pictures of each kind to measure on, "

@@ -57,7 +57,10 @@ def add(p: "argparse._ActionsContainer") -> None:
         "--invert", metavar="TEXT", help="begin from the noise from which DDIM draws --image, of which TEXT tells; the "
         "prompt may change it",
     )  # fmt: skip
-    p.add_argument("--refiner", metavar="FOLDER", help="of SDXL: a second model that draws the last part of the road")
+    p.add_argument(
+        "--refiner", metavar="FOLDER", help="of SDXL: a second model that draws the last part of the road; no --lora "
+        "is on it, and of an --embedding what is for SDXL's second text encoder",
+    )  # fmt: skip
     p.add_argument(
         "--hand-over", type=real(0.001, 0.999), metavar="S", help="the share of the road at which it takes over "
         "(default: 0.8)",

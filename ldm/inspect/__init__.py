@@ -6,7 +6,8 @@
 
 A folder says itself what it is, and the question is whether its weights are those that it asks for
 (`folder.py`). A single file is recognised by its keys and shapes (`file.py`). Of what is added to a model, a LoRA
-(`adapter.py`) or a word (`word.py`), the numbers are read: they are few.
+(`adapter.py`) or a word (`word.py`), the numbers are read: they are few; and of a model that it goes with, if it is
+here, those that it changes.
 """
 
 from dataclasses import replace

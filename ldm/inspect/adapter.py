@@ -7,16 +7,17 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from shlex import quote
 
-from torch import nn
+from torch import float64, nn
+from torch.linalg import vector_norm
 
-from ldm.checkpoints.checkpoint import blank_part
+from ldm.checkpoints.checkpoint import NETWORKS, blank_part
 from ldm.checkpoints.names import Config
 from ldm.errors import LDMError
 from ldm.inspect.bases import Base, beside, line_of_base
 from ldm.inspect.report import Report, Strength, make_part
 from ldm.inspect.trained import facts_of_training
 from ldm.io.misfits import CONTEXT_WIDTHS
-from ldm.io.weights import WeightFiles
+from ldm.io.weights import Tensors, WeightFiles
 from ldm.lora.file import Lora, open_lora
 from ldm.lora.fitting import Place, places
 from ldm.lora.groups import Group
@@ -46,6 +47,8 @@ def of_adapter(files: WeightFiles, form: str, name: str, base: Base | None) -> R
     bases = beside(base)
     found = {title: whereabouts(lora, each) for title, each in bases.items()}
     known = {title: bases[title] for title, where in found.items() if where is not None}
+    first = next(iter(known.values()), None)
+    where, sizes = (found[first.title], own_norms(lora, first, found[first.title])) if first else (None, {})
     fault, warnings = None if base is None else refusal(lora, base), []
     if not known and base is None:
         warnings.append("It goes with no model that ldm knows by its shapes: --model M asks whether it goes with M.")
@@ -58,7 +61,8 @@ def of_adapter(files: WeightFiles, form: str, name: str, base: Base | None) -> R
         reason=made_for(lora),
         parts=tuple(parts_of(lora, files)),
         facts=facts_of(lora) | {"goes with": in_words(known)} | facts,
-        strengths=strengths(norms, next((found[title] for title in known), None)),
+        strengths=strengths(norms, where, sizes),
+        strengths_in=first.title if sizes else "",
         warnings=tuple(warnings),
         faults=(fault,) if fault else (),
         use=() if fault else (line + " --allow-pickle" * form.startswith("a pickle"),),
@@ -68,6 +72,25 @@ def of_adapter(files: WeightFiles, form: str, name: str, base: Base | None) -> R
 def norm_of(lora: Lora, group: Group) -> float:
     """How large the change of a layer is, at weight 1, its bias with it. Raises LDMError for NaN."""
     return math.hypot(*(change.norm() for change in lora.changes(group).values()))
+
+
+def own_norms(lora: Lora, base: Base, where: Mapping[Group, Place]) -> dict[Group, float]:
+    """How large the model's own weights are that each group changes; nothing, if they aren't here or can't be read."""
+    if base.checkpoint is None:
+        return {}
+    tables: dict[str, tuple[Tensors, dict[str, str]]] = {}
+    found = {}
+    try:
+        for group, (part, layer) in where.items():
+            if part not in tables:
+                weights, rename = base.checkpoint.weights(part), getattr(NETWORKS[part].network, "rename", str)
+                tables[part] = weights, {rename(name): name for name in weights.entries}
+            weights, names = tables[part]
+            own = [weights.read(names[f"{layer}.{leaf}"]) for leaf in lora.changes(group)]
+            found[group] = math.hypot(*(float(vector_norm(each, dtype=float64)) for each in own))
+    except (LDMError, KeyError):  # of a model that ldm wouldn't load
+        return {}
+    return found
 
 
 def made_for(lora: Lora) -> str:
@@ -157,17 +180,20 @@ def refusal(lora: Lora, base: Base) -> str | None:
     return None
 
 
-def strengths(norms: Mapping[Group, float], where: Mapping[Group, Place] | None) -> tuple[Strength, ...]:
-    """The change's norm by block, in the order in which data goes through them."""
-    squares: dict[tuple, list[float]] = {}
-    for group, norm in norms.items():
+def strengths(
+    norms: Mapping[Group, float], where: Mapping[Group, Place] | None, own: Mapping[Group, float]
+) -> tuple[Strength, ...]:
+    """The change's norm by block, in the order in which data goes through them. `own`: of the weights, if known."""
+    found: dict[tuple, list[Group]] = {}
+    for group in norms:
         part, layer = where[group] if where is not None else (group.part, group.layer)
-        squares.setdefault(block_of(part, layer), []).append(norm**2)
-    return tuple(
-        Strength(f"{WORDS[list(WORDS)[part]]}{f' {block}' if block else ''}{'' if number < 0 else f'.{number}'}",
-                 len(each), math.sqrt(sum(each)))
-        for (part, _, number, block), each in sorted(squares.items())
-    )  # fmt: skip
+        found.setdefault(block_of(part, layer), []).append(group)
+    told = []
+    for (part, _, number, block), groups in sorted(found.items()):
+        name = f"{WORDS[list(WORDS)[part]]}{f' {block}' if block else ''}{'' if number < 0 else f'.{number}'}"
+        norm, base = (math.hypot(*(sizes.get(group, 0.0) for group in groups)) for sizes in (norms, own))
+        told.append(Strength(name, len(groups), norm, norm / base if base else None))
+    return tuple(told)
 
 
 def block_of(part: str, layer: str) -> tuple[int, int, int, str]:

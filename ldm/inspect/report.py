@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ldm.errors import bytes_in_words, printable
 from ldm.io.headers import BITS, Entry, numbers
+from ldm.lora.applied import percent
 
 MOST_NAMED = 6  # tensors of a list, on a page that doesn't show all
 BAR = 32  # letters of the longest bar
@@ -42,11 +43,15 @@ class Part:
 
 
 class Strength(NamedTuple):
-    """How large the change is that a LoRA makes at weight 1 to a block of so many layers: the Frobenius norm."""
+    """How large the change is that a LoRA makes at weight 1 to a block of so many layers: the Frobenius norm ||dW||.
+
+    `share`: ||dW|| / ||W||, of these layers' own weights in a model that is here; None if there is none.
+    """
 
     block: str
     layers: int
     norm: float
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Report:
     `what`: in a few words, such as "a Stable Diffusion XL base"; `form`: folder, file, pickle; `reason`: by what it was
     told; `kind`: "pipeline", "controlnet", "vae", "lora", ... `facts`: what else is known, by name. `readable`: ldm has
     a use for it; with no `faults` it is `sound`, which all that ldm can tell without reading a number; of a
-    LoRA or an embedding, whose numbers are read, there are `strengths`, and they are finite.
+    LoRA or an embedding, whose numbers are read, there are `strengths`, and they are finite; `strengths_in` is the
+    model of whose weights these have shares.
     """
 
     place: str
@@ -67,6 +73,7 @@ class Report:
     parts: tuple[Part, ...] = ()
     facts: dict[str, str] = field(default_factory=dict)
     strengths: tuple[Strength, ...] = ()
+    strengths_in: str = ""
     passed_over: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
@@ -129,7 +136,7 @@ def page(report: Report, keys: bool = False, coloured: bool = False) -> str:
     width = max(map(len, report.facts), default=0)
     facts = [f"  {name:{width}}  {told}" for name, told in report.facts.items()]
     body += ["", "Properties", *facts] if facts else []
-    body += bars(report.strengths)
+    body += bars(report.strengths, report.strengths_in)
     text += map(printable, body)
     if report.warnings:
         text += ["", "To know", *paint([f"- {line}" for line in report.warnings], YELLOW)]
@@ -160,15 +167,22 @@ def table(parts: Sequence[Part]) -> list[str]:
     return ["", *lines]
 
 
-def bars(strengths: Sequence[Strength]) -> list[str]:
-    """One bar a block, as long as its change is large."""
+def bars(strengths: Sequence[Strength], base: str = "") -> list[str]:
+    """One bar a block, as long as its change is large. `base`: the model whose weights the shares are of."""
     if not strengths:
         return []
     most = max(each.norm for each in strengths) or 1.0
-    rows = [(name, f"{layers} layer{'s' * (layers != 1)}", norm) for name, layers, norm in strengths]
-    a, b = (max(len(row[i]) for row in rows) for i in range(2))
-    lines = [f"  {name:{a}}  {many:>{b}}  {norm:8.3g}  {'#' * round(BAR * norm / most)}" for name, many, norm in rows]
-    return ["", "How much it changes at weight 1 (Frobenius norm)", *map(str.rstrip, lines)]
+    rows = [
+        (name, f"{layers} layer{'s' * (layers != 1)}", f"{norm:.3g}", "" if share is None else f"{percent(share)}  ")
+        for name, layers, norm, share in strengths
+    ]
+    a, b, c, d = (max(len(row[i]) for row in rows) for i in range(4))
+    lines = [
+        f"  {name:{a}}  {many:>{b}}  {norm:>{c}}  {share:>{d}}{'#' * round(BAR * each.norm / most)}".rstrip()
+        for (name, many, norm, share), each in zip(rows, strengths, strict=True)
+    ]
+    share = f", and its share of the weights' own in {base}" if base else ""
+    return ["", f"How much it changes at weight 1 (Frobenius norm{share})", *lines]
 
 
 def types(dtypes: dict[str, int]) -> str:

@@ -2,7 +2,8 @@
 
 A stranger's text: only the fields named here are told, each cut, and anything that isn't as its trainer writes it is
 passed over. The keys `ss_...` are those of kohya's sd-scripts (LyCORIS and many others write them too), `modelspec...`
-of Stability's ModelSpec, `lora_adapter_metadata` of diffusers.
+of Stability's ModelSpec, `lora_adapter_metadata` of diffusers, `software` of ai-toolkit and of `ldm.train.lora`, whose
+base is `base_model`.
 """
 
 from collections import Counter
@@ -59,14 +60,15 @@ def trainer(metadata: Mapping[str, str]) -> str:
         return cut(name)
     if "ot_branch" in metadata or "ot_revision" in metadata:
         return "OneTrainer"
-    return "diffusers and PEFT" if PEFT in metadata else said(metadata, "modelspec.implementation")
+    said_otherwise = said(metadata, "modelspec.implementation")
+    return said_otherwise or ("not said; the file is in diffusers' format" if PEFT in metadata else "")
 
 
 def base(metadata: Mapping[str, str]) -> str:
     """The model it was trained on, as its trainer names it."""
     kinds = (said(metadata, "ss_base_model_version"), said(metadata, "modelspec.architecture"))
     kinds = [kind for kind in kinds if kind]
-    name = said(metadata, "ss_sd_model_name")
+    name = said(metadata, "ss_sd_model_name", "base_model")
     told = [name] * bool(name) + ([f"({', '.join(kinds)})" if name else ", ".join(kinds)] if kinds else [])
     return f"{' '.join(told)}, as its metadata say" if told else ""
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.lab.figures import INK, QUIET, SIGNED, Shown, canvas, show, title
-from ldm.lab.trace import Trace
+from ldm.lab.trace import Trace, steps_of, texts_at
 from ldm.pipeline import Pipeline
 from ldm.text.prompts.table import parts_of
+from ldm.text.tokenizer import END
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,11 +76,16 @@ def cost(module: nn.Module, milliseconds: float) -> str:
 
 
 def words_half(ax: "Axes", pipe: Pipeline, trace: Trace, took: Mapping[str, float]) -> None:
-    """Boxes 1 and 2: chips for tokens, a row of the heat map for each of their vectors."""
+    """Boxes 1 and 2: chips for tokens, a row of the heat map for each of their vectors.
+
+    Of a prompt in chunks the first, and of one with other words at other steps what it is at the first.
+    """
     prompt, dialect = trace.settings.prompt[0], trace.settings.dialect
-    ids = pipe.tokenizer.frame([token.id for token in parts_of(pipe.tokenizer, prompt, dialect)[0].chunks[0]])
+    prompt = texts_at(prompt, dialect, *steps_of(trace.settings, trace.schedule))[0]
+    chunk = parts_of(pipe.tokenizer, prompt, dialect)[0].chunks[0]
+    ids = pipe.tokenizer.frame([token.id for token in chunk])
     box(ax, 2.2, 57.3, 1, "tokenizer", WORDS)
-    for k, text in enumerate(["begin", *(word.text for word in trace.words[0]), "end"]):
+    for k, text in enumerate(["begin", *(token.piece.removesuffix(END) for token in chunk), "end"]):
         x, y = 3.8 + 6.2 * (k % 5), 51.8 - 5.4 * (k // 5)
         ax.bar(x, 4.6, 5.6, y - 2.3, color="w", edgecolor=WORDS, linewidth=0.6)
         note(ax, x, y + 1.0, text, INK)

@@ -58,7 +58,7 @@ def read(trace: "Trace", picture: int, letter: str = "") -> Side:
     words, maps, note = maps_of(trace, picture)
     pull, unguided = guidance_of(trace, picture)
     led = any(call.residuals is not None for call in trace.record.calls)
-    prompt, settings = trace.settings.prompt[picture], headline(trace.settings, picture, led)
+    prompt, settings = trace.settings.prompt[picture], headline(trace.settings, picture, led, trace.added)
     small, levels = pooled(x), levels_of(trace)
     data = {
         "letter": letter, "settings": settings, "notes": [note] if note else [], "unguided": unguided,
@@ -89,8 +89,8 @@ def rows_of(trace: "Trace", levels: Sequence["Level"]) -> list[list]:
     return [[row.i, *map(five, row[1:4]), s if s is None else five(s)] for row, s in zip(levels, seconds, strict=True)]
 
 
-def headline(settings: "Settings", picture: int, led: bool) -> str:
-    """The settings of a run in a line; `led` by ControlNets."""
+def headline(settings: "Settings", picture: int, led: bool, added: Sequence[str] = ()) -> str:
+    """The settings of a run in a line; `led` by ControlNets, and with what was `added` to the model."""
     s = settings
     sigmas = "" if s.sigmas == "spaced" else f", {s.sigmas} levels" if isinstance(s.sigmas, str) else ", levels given"
     parts = [f"seed {s.seeds[picture]}", f"{s.sampler}, {s.steps} steps{sigmas}"]
@@ -99,7 +99,8 @@ def headline(settings: "Settings", picture: int, led: bool) -> str:
         parts.append(f"away from “{s.negative[picture]}”")
     if s.strength is not None:
         parts.append(f"strength {s.strength:g}, so {run_of(s.steps, s.strength)} of the steps")
-    parts += ["led by ControlNet"] if led else []
+    parts += [f"read as {s.dialect}"] if s.dialect != "plain" else []
+    parts += [*added, *(["led by ControlNet"] if led else [])]
     return " · ".join([*parts, f"{s.width} × {s.height} pixels"])
 
 

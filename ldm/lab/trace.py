@@ -24,7 +24,7 @@ from ldm.sampling import Step
 from ldm.schedules import Schedule
 from ldm.schedules.table import is_whole
 from ldm.settings import Settings
-from ldm.text.prompts.schedules import stages
+from ldm.text.prompts.schedules import parse, text_at
 from ldm.text.prompts.table import Part, parts_of
 from ldm.text.tokenizer import END, Tokenizer
 
@@ -62,14 +62,25 @@ def words_in(tokenizer: Tokenizer, parts: Sequence[Part]) -> tuple[Word, ...]:
     return tuple(words)
 
 
-def words_told(tokenizer: Tokenizer, prompt: str, dialect: str, steps: int) -> tuple[tuple[Word, ...], str]:
-    """The words of a prompt in its dialect, or none and a sentence, where a position has several."""
-    if dialect == "a1111":
-        first, *others = stages(prompt, steps)
-        if others:
-            return (), "There are no attention maps of words, for the prompt has other words at other steps."
-        prompt = first.text
-    parts = parts_of(tokenizer, prompt, dialect)
+def steps_of(settings: Settings, schedule: Schedule) -> tuple[int, range]:
+    """How many steps the road of a run has as a whole, and those of them that the run takes, counted from 1."""
+    _, behind, steps = settings.road(schedule)
+    return steps, range(behind + 1, behind + 1 + max(len(settings.rows(schedule)), 1))
+
+
+def texts_at(prompt: str, dialect: str, steps: int, own: Sequence[int]) -> list[str]:
+    """What a prompt is at its `own` ones of so many steps, each text once: one, but in a1111's dialect."""
+    if dialect != "a1111":
+        return [prompt]
+    nodes = parse(prompt)
+    return list(dict.fromkeys(text_at(nodes, step, steps) for step in own))
+
+
+def words_told(tokenizer: Tokenizer, texts: Sequence[str], dialect: str) -> tuple[tuple[Word, ...], str]:
+    """The words of a prompt that is these `texts` in turn, or none and a sentence, where a position has several."""
+    if len(texts) > 1:
+        return (), "There are no attention maps of words, for the prompt has other words at other steps."
+    parts = parts_of(tokenizer, texts[0], dialect)
     if any(".blend" in part.title for part in parts):
         return (), "There are no attention maps of words, for of a .blend() several words stand at each position."
     return words_in(tokenizer, parts), ""
@@ -88,11 +99,14 @@ class Trace:
     decode: Callable[[Tensor], list[Image.Image]]  # clean latents (B, C, h, w) -> pictures
     seconds: tuple[float, ...]  # of each step, the watching included
     notes: tuple[str, ...] = ()  # why a picture's prompt has no `words`, where it could have some
+    added: tuple[str, ...] = ()  # LoRAs with their weights, and learnt words, that were on
     _linear: Tensor | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
         prompts = ", ".join(map(repr, self.settings.prompt))
-        return f"<Trace: {len(self)} steps of {self.settings.sampler}, pictures of {prompts}>"
+        dialect, on = self.settings.dialect, f" with {', '.join(self.added)}" if self.added else ""
+        read = "" if dialect == "plain" else f", read as {dialect}"
+        return f"<Trace: {len(self)} steps of {self.settings.sampler}{on}, pictures of {prompts}{read}>"
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -226,6 +240,10 @@ def trace(
             begun = time.perf_counter()
         result = run.finish(steps[-1].x if steps else run.x)
     settings = run.settings
-    told = [words_told(pipe.tokenizer, text, settings.dialect, len(run.schedule)) for text in settings.prompt]
-    words, notes = zip(*told, strict=True)
-    return Trace(settings, run.schedule, steps, record, result, words, run.decode, tuple(seconds), notes)
+    steps_are = steps_of(settings, run.schedule)
+    texts = [texts_at(text, settings.dialect, *steps_are) for text in settings.prompt]
+    words, notes = zip(*(words_told(pipe.tokenizer, each, settings.dialect) for each in texts), strict=True)
+    added = [f"LoRA {each.name} at {each.weight:g}" for each in pipe.loras] + [
+        f"word {each}" for each in pipe.embeddings
+    ]
+    return Trace(settings, run.schedule, steps, record, result, words, run.decode, tuple(seconds), notes, tuple(added))

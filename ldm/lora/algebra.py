@@ -11,7 +11,10 @@ Each form is plain tensor code: its factors may be parameters that are trained. 
 inputs, k a kernel's side, r the rank.
 """
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -47,7 +50,16 @@ class Change:
     def norm(self) -> float:
         """The change's Frobenius norm, at weight 1."""
         exact = self.to(dtype=torch.float64)  # float16 factors may multiply beyond their range
-        return abs(self.scale) * float(torch.linalg.vector_norm(exact.whole()))
+        return scaled(self.scale, exact.whole())
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of what it is: the form, the scale, and the factors' bits."""
+        sha = hashlib.sha256(f"{self.kind} {self.scale!r}".encode())
+        for name, tensor in self.factors():
+            sha.update(f" {name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return sha.hexdigest()
 
     def beside(self, module: nn.Module, x: Tensor) -> Tensor:
         """What the change adds to `module(x)`, at weight 1; here from the whole change, by the layer's own operation.
@@ -96,8 +108,12 @@ class LowRank(Change):
         if self.mid is not None:
             return super().norm()
         up, down = self.up.flatten(1).double(), self.down.flatten(1).double()
+        most = up.abs().max(), down.abs().max()  # taken out, for fourth powers of large numbers are beyond all range
+        if self.scale == 0 or 0 in most:
+            return 0.0
+        up, down = up / most[0], down / most[1]
         square = ((up.T @ up) * (down @ down.T)).sum()
-        return abs(self.scale) * float(square.clamp(min=0).sqrt())
+        return abs(self.scale) * float(most[0]) * float(most[1]) * float(square.clamp(min=0).sqrt())
 
     def beside(self, module: nn.Module, x: Tensor) -> Tensor:
         x = x.to(self.down.dtype)
@@ -170,8 +186,8 @@ class Kronecker(Change):
         return torch.kron(left.reshape(*left.shape, *[1] * (right.dim() - 2)), right.contiguous())
 
     def norm(self) -> float:
-        sides = [torch.linalg.vector_norm(side.double()) for side in (self.left, self.right)]
-        return abs(self.scale) * float(sides[0] * sides[1])
+        exact = self.to(dtype=torch.float64)
+        return scaled(self.scale, exact.left) * scaled(1.0, exact.right)
 
     def beside(self, module: nn.Module, x: Tensor) -> Tensor:
         # (C kron D) x: the inputs as b groups of d, D within each, then C across them.
@@ -217,6 +233,25 @@ class Shift(Change):
         channels_first = isinstance(module, nn.Conv2d | nn.GroupNorm)
         shape = (-1, *[1] * (x.dim() - 2)) if channels_first else (-1,)
         return self.delta(shape)
+
+
+def summed(weight: Tensor, changes: Sequence[tuple[float, Change]]) -> Tensor:
+    """W + sum_i weight_i * dW_i, in W's own type, of (weight, change).
+
+    Float addition isn't associative: the order is told by what the changes are, and not by who came first, or by how a
+    file is called.
+    """
+    if len(changes) > 1:
+        changes = sorted(changes, key=lambda each: (each[1].digest, each[0]))
+    for number, change in changes:
+        weight = weight + number * change.to(weight.device, weight.dtype).delta(weight.shape)
+    return weight
+
+
+def scaled(scale: float, x: Tensor) -> float:
+    """|scale| times the norm of `x`, float64, of which no square is made that is beyond all range."""
+    most = float(x.abs().max())
+    return abs(scale) * most * float(torch.linalg.vector_norm(x / most)) if scale and most else 0.0
 
 
 def product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:

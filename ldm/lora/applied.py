@@ -7,7 +7,9 @@ they change as these were before any came. Whatever comes or goes, a changed wei
 
 so its bits depend neither on what has been on it, nor on the order in which it came. So two pipelines that share a
 network see the same LoRAs, a deep copy has its own, and a network that is put in another's place has none; the one that
-left keeps what it has. Numbers that somebody else writes into a changed weight are lost when its stack changes.
+left keeps what it has. A weight that somebody else writes meanwhile (`load_state_dict`, an optimiser) keeps what was
+written, and a line says so when its stack changes next; what is written past autograd, into `weight.data`, can't be
+seen, and is lost then.
 """
 
 import math
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +26,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ldm import memory
 from ldm.errors import LDMError, nearest, say_on_stderr
-from ldm.lora.algebra import Change
+from ldm.io.folders import some
+from ldm.lora.algebra import Change, summed
 from ldm.lora.file import Lora
 from ldm.lora.names import TEXT, TEXT_2, UNET
 
@@ -70,10 +74,24 @@ class Entry:
     changes: dict[str, Change]
     handles: list[RemovableHandle] = field(default_factory=list)
 
-    @property
-    def place(self) -> tuple:
-        """Its place in the sum, which must not depend on when it came: float addition isn't associative."""
-        return self.applied.lora.place, self.applied.weight
+
+class Written:
+    """Which parameter a stack wrote, and how often that had been written in place by then."""
+
+    def __init__(self, parameter: nn.Parameter):
+        self.parameter, self.version = ref(parameter), version(parameter)
+
+    def __deepcopy__(self, memo: dict) -> "Written":
+        parameter = self.parameter()
+        if parameter is None:  # another lies in its place
+            return self
+        copied = Written(memo.get(id(parameter), parameter))  # the copied network's own, whose versions begin anew
+        copied.version += self.version - version(parameter)
+        return copied
+
+
+def version(parameter: nn.Parameter) -> int:
+    return 0 if parameter.is_inference() else parameter._version  # of those torch counts none
 
 
 class Stack:
@@ -82,12 +100,16 @@ class Stack:
     def __init__(self):
         self.entries: list[Entry] = []
         self.untouched: dict[str, Tensor] = {}  # on the CPU: a second copy on a GPU would cost what it has least of
+        self.written: dict[str, Written] = {}
 
     def put(self, network: nn.Module, entry: Entry) -> None:
         self.entries.append(entry)
         if entry.applied.merged:
             self.refresh(network, entry.changes)
             return
+        for key in entry.changes:  # of the same range as if it were merged
+            weight = network.get_parameter(key)
+            self.summed(key, weight.data, weight, [entry])
         for key, change in entry.changes.items():
             weight = network.get_parameter(key)
             exact = torch.promote_types(weight.dtype, torch.float32)
@@ -95,6 +117,7 @@ class Stack:
             entry.handles.append(attach(layer, change.to(weight.device, exact), entry.applied.weight))
 
     def take(self, network: nn.Module, entry: Entry) -> None:
+        self.yield_to_others(network, entry.changes)
         self.entries.remove(entry)
         while entry.handles:
             entry.handles.pop().remove()
@@ -104,22 +127,50 @@ class Stack:
         """Compute these weights anew from what lies beneath, which comes back where nothing lies on it any more."""
         for key in keys:
             weight = network.get_parameter(key)
-            entries = [each for each in self.entries if each.applied.merged and key in each.changes]
-            if entries:
+            if entries := self.merged(key):
                 if key not in self.untouched:
                     self.untouched[key] = weight.data.cpu()
-                weight.data = self.summed(key, weight, sorted(entries, key=lambda each: each.place))
+                weight.data = self.summed(key, self.untouched[key], weight, entries)
+                self.written[key] = Written(weight)
             elif key in self.untouched:
                 weight.data = alike(self.untouched[key], weight)
                 del self.untouched[key]
+                self.written.pop(key, None)
 
-    def summed(self, key: str, weight: Tensor, entries: list[Entry]) -> Tensor:
-        """W0 + sum_i weight_i * dW_i. Raises LDMError if that is beyond the dtype's range."""
+    def merged(self, key: str) -> list[Entry]:
+        """What is merged into that weight."""
+        return [each for each in self.entries if each.applied.merged and key in each.changes]
+
+    def yield_to_others(self, network: nn.Module, keys: Iterable[str]) -> None:
+        """Let those of these weights that somebody else has written lie beneath from now on, and say so on stderr.
+
+        Whether what was written has the LoRAs in it nobody knows: they aren't on it any more.
+        """
+        theirs = [key for key in keys if key in self.written and not self.is_still(key, network.get_parameter(key))]
+        names: dict[str, None] = {}
+        for key in theirs:
+            del self.written[key], self.untouched[key]
+            for each in self.merged(key):
+                names[each.applied.name] = each.changes.pop(key) and None
+        if theirs:
+            said = f"{some(theirs, 2)}: written by something else while {' and '.join(names)} was merged there"
+            say_on_stderr(f"{said}; what was written stays, and no LoRA is taken off it.")
+
+    def is_still(self, key: str, weight: nn.Parameter) -> bool:
+        """Whether a weight is what was written there, moved or cast, which keeps parameter and version.
+
+        `ldm.memory` puts the same numbers into other parameters: there they are compared, within bfloat16's rounding.
+        """
+        if self.written[key].parameter() is weight:
+            return version(weight) == self.written[key].version
+        expected = self.summed(key, self.untouched[key], weight, self.merged(key))
+        return bool((weight.data - expected).abs().max() <= 0.01 * expected.abs().max())
+
+    def summed(self, key: str, base: Tensor, weight: Tensor, entries: list[Entry]) -> Tensor:
+        """W0 + sum_i weight_i * dW_i, where and as the weight is. Raises LDMError if it is beyond the dtype's range."""
         exact = torch.promote_types(weight.dtype, torch.float32)
-        total = self.untouched[key].to(weight.device, exact)
-        for each in entries:
-            delta = each.changes[key].to(weight.device, exact).delta(weight.shape)
-            total = total + each.applied.weight * delta
+        changes = [(each.applied.weight, each.changes[key]) for each in entries]
+        total = summed(base.to(weight.device, exact), changes)
         found = torch.empty_like(weight.data).copy_(total)  # of the same layout (channels last)
         if not all(end.isfinite() for end in found.aminmax()):
             names = " and ".join(each.applied.name for each in entries)
@@ -185,8 +236,10 @@ def add(pipe: "Parts", lora: Lora, weight: float = 1.0, merge: bool = True) -> A
     weight, networks = float(weight), networks_of(pipe)
     memory.send_home(pipe)
     changes = lora.fit(networks)
+    for part, found in changes.items():
+        stack_of(networks[part]).yield_to_others(networks[part], found)
     on = loras_on(networks.values())
-    sizes = measured(networks, changes)
+    sizes = norms(networks, changes)
     number = max((each.number for each in on), default=0) + 1
     applied = Applied(unused(lora.name, on), lora, weight, bool(merge), *strength(sizes, weight), number)
     done: list[tuple[nn.Module, Entry]] = []
@@ -252,7 +305,7 @@ def unused(name: str, on: Iterable[Applied]) -> str:
 # ---------------------------------------------------------------------------------------------------- how much
 
 
-def measured(networks: Mapping[str, nn.Module], changes: Mapping[str, Mapping[str, Change]]) -> dict[str, tuple]:
+def norms(networks: Mapping[str, nn.Module], changes: Mapping[str, Mapping[str, Change]]) -> dict[str, tuple]:
     """Of each parameter that changes: (||dW||, ||W||), W without any LoRA."""
     sizes = {}
     for part, found in changes.items():
@@ -277,7 +330,9 @@ def ratio(delta: float, norm: float) -> float:
 
 
 def percent(share: float) -> str:
-    """Two digits that say something: 3.1 %, 120 %, 0.0042 %."""
+    """Two digits that say something: 3.1 %, 120 %, 0.0042 %; and of what is far too much, that it is."""
+    if share >= 10:
+        return (f"{share:,.0f}" if share < 1e6 else "more than a million") + " times their size"
     return f"{100 * share:.2g} %" if share < 1 else f"{100 * share:.0f} %"
 
 

@@ -6,6 +6,7 @@ lora.fit({"unet": pipe.unet})     # {"unet": {"mid_block.[...].to_q.weight": Low
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.kinds import other_kind, quantised
 from ldm.checkpoints.places import LORA
-from ldm.errors import LDMError
+from ldm.errors import LDMError, say_on_stderr
 from ldm.io.folders import some
 from ldm.io.headers import Entry
 from ldm.io.misfits import CONTEXT_WIDTHS
@@ -32,9 +33,11 @@ STYLES = {
     "processors": "diffusers' old",
     "LyCORIS": "LyCORIS'",
 }
-MOST_ALPHA_NUMBERS = 1
 NUMBERS = ("F64", "F32", "F16", "BF16")
 WHOLE = ("I64", "I32", "I16", "I8", "U8")  # of an alpha alone
+QUANTISED = re.compile(r"[IU][48]|F[48]_.+|F[48]")
+BUNDLED = re.compile(r"bundle_emb\.([^.]+)\..+")  # a learnt word that OneTrainer and A1111 keep in the same file
+OWN = "base_model.model."  # before every name that PEFT by itself writes
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +140,12 @@ class Lora:
     def __deepcopy__(self, memo: dict) -> "Lora":
         return self  # it never changes, and an open file can't be copied
 
+    def __reduce__(self):
+        raise LDMError(
+            f"{self.place} is an open file, so neither this LoRA nor a network that it is on can be pickled: remove it "
+            "before (pipe.remove_lora), or save the network's state_dict()."
+        )
+
 
 def _span(values: Iterable) -> str:
     """4, or 4 to 16."""
@@ -150,24 +159,42 @@ def _span(values: Iterable) -> str:
 def open_lora(path: str | Path, allow_pickle: bool = False) -> Lora:
     """Open a LoRA's file. Nothing of a model is needed, and of the numbers only the alphas are read.
 
-    Every tensor is a factor of a layer, or is named in an error. Raises LDMError for a file that is missing, corrupt or
-    truncated, for a pickle (unless `allow_pickle`), for what isn't a LoRA, for forms and models that ldm doesn't know,
-    and for factors that don't go together.
+    Every tensor is a factor of a layer, or is named in an error; learnt words in the same file are passed over, and
+    said on stderr. Raises LDMError for a file that is missing, corrupt or truncated, for a pickle (unless
+    `allow_pickle`), for what isn't a LoRA, for forms and models that ldm doesn't know, and for factors that don't go
+    together.
     """
     source = WeightFiles(path, allow_pickle)
     path = Path(path)
-    names = {key: parse(key) for key in source.entries}
-    _refuse_others(path, source.entries, [key for key, name in names.items() if name is None])
+    entries = _without_words(path, source.entries)
+    names = {key: parse(key) for key in entries}
+    pefts = path.stem == "adapter_model" or any(key.startswith(OWN) for key in entries)
+    configs = peft.read_configs(path, source.metadata, pefts)  # first: it names what other tensors are for
+    _refuse_others(path, entries, [key for key, name in names.items() if name is None])
     if source.passed_over:
         raise LDMError(f"{path} holds more than tensors: {some(source.passed_over)}: take a safetensors file.")
     raw: dict[tuple[str, str], list[tuple]] = {}
     for key, name in names.items():
         raw.setdefault((name.part, flattened(name.layer).removeprefix("text_model_")), []).append((key, name))
     groups = [_group(path, source, members) for members in raw.values()]
-    pefts = any(group.style == "PEFT" or group.form in ("LoHa", "LoKr") for group in groups)
-    configs = peft.read_configs(path, source.metadata, pefts)
     settled = [configs[group.part].settle(group) if group.part in configs else group for group in groups]
     return Lora(str(path), tuple(sorted(settled, key=lambda g: g.name)), source.metadata, source)
+
+
+def _without_words(path: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The tensors without those of learnt words, which are said on stderr to be passed over."""
+    words = list(dict.fromkeys(found[1] for key in entries if (found := BUNDLED.fullmatch(key))))
+    rest = {key: entry for key, entry in entries.items() if not BUNDLED.fullmatch(key)}
+    if not words:
+        return rest
+    said = f"{len(words)} learnt word{'s' * (len(words) > 1)} ({some([word[:80] for word in words])})"
+    if not rest:
+        raise LDMError(f"{path} holds {said} and no LoRA: take the words' own files (add_embedding, --embedding).")
+    say_on_stderr(
+        f"{path}: {said} beside the LoRA passed over: a prompt that names one needs its own file (add_embedding, "
+        "--embedding)."
+    )
+    return rest
 
 
 def _refuse_others(path: Path, entries: Mapping[str, Entry], unknown: list[str]) -> None:
@@ -197,8 +224,14 @@ def _refuse_others(path: Path, entries: Mapping[str, Entry], unknown: list[str])
             f"{path} holds {len(unknown)} of {len(entries)} tensors that ldm doesn't know as a LoRA's "
             f"({some(unknown, 3)}): it was renamed, or is of another kind; take it as its trainer wrote it."
         )
-    if whole := quantised(entry for key, entry in entries.items() if not key.endswith(".alpha")):
+    factors = {key: entry for key, entry in entries.items() if not key.endswith(".alpha")}
+    if whole := quantised(entry for entry in factors.values() if QUANTISED.fullmatch(entry.dtype)):
         raise LDMError(f"{path}: {whole}.")
+    if odd := next((entry for entry in factors.values() if entry.dtype not in NUMBERS), None):
+        raise LDMError(
+            f"{path}: {odd.name!r} is of type {odd.dtype}, no number's that a factor has ({', '.join(NUMBERS)}): "
+            "take a sound copy."
+        )
 
 
 def _group(path: Path, source: WeightFiles, members: list[tuple]) -> Group:
@@ -230,7 +263,7 @@ def _alpha(path: Path, source: WeightFiles, key: str | None) -> float | None:
     if key is None:
         return None
     entry = source.entries[key]
-    if math.prod(entry.shape) != MOST_ALPHA_NUMBERS or entry.dtype not in NUMBERS + WHOLE:
+    if math.prod(entry.shape) != 1 or entry.dtype not in NUMBERS + WHOLE:
         raise LDMError(f"{path}: {key!r} is {entry.dtype} of shape {entry.shape}, where one number belongs.")
     alpha = float(source.read(key))
     if not math.isfinite(alpha):

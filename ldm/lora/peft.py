@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -17,6 +18,20 @@ from ldm.lora.names import TEXT, TEXT_2, UNET
 KEY = "lora_adapter_metadata"  # where diffusers keeps it, in a safetensors file's metadata
 FILE = "adapter_config.json"  # where PEFT by itself does, beside its adapter_model.safetensors
 FORMS = ("LORA", "LOHA", "LOKR")
+STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # which begin by taking something out of the model's weights
+NEEDS = {  # fields that are neutral where they are empty (or "none"), and what a network needs where they aren't
+    "bias": "other biases of layers, in whole",
+    "modules_to_save": "whole layers beside the factors",
+    "layer_replication": "layers that stand several times",
+    "target_parameters": "parameters that are no layer's",
+    "trainable_token_indices": "other vectors of some tokens",
+    "alora_invocation_tokens": "words that switch it on",
+    "use_qalora": "inputs that are averaged in groups",
+    "use_bdlora": "factors that are block-diagonal",
+    "arrow_config": "a choice among several LoRAs",
+    "kasa_config": "a matrix between the factors",
+    "monteclora_config": "samples beside the factors",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class Config:
         """
         if group.alpha is not None or group.form == "full":
             return group
-        rank = of_layer(self.ranks, group.layer, self.rank)
+        rank = self._of(self.ranks, group.layer, self.rank)
         if group.rank is None:  # a LoKr with both sides whole: PEFT scales it as well, LyCORIS doesn't
             group = replace(group, rank=rank)
         if rank is not None and rank != group.rank:
@@ -45,14 +60,32 @@ class Config:
                 f"{self.place}: rank {rank} is said of {group.layer!r}, whose factors are of rank {group.rank}: take "
                 "the file that it was saved with."
             )
-        alpha = of_layer(self.alphas, group.layer, self.alpha)
+        alpha = self._of(self.alphas, group.layer, self.alpha)
         if alpha is not None and group.rank is not None and self.rank_stabilised:
             alpha *= math.sqrt(group.rank)
         return replace(group, alpha=alpha)
 
+    def _of(self, patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
+        """The value for a layer: that of the pattern that its name ends in, or is.
+
+        PEFT takes patterns as regular expressions; names are what trainers write, and a stranger's expression is not
+        run. Raises LDMError for one that is more than a name.
+        """
+        for pattern, value in patterns.items():
+            name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+            if not re.fullmatch(r"[\w.\-]+", name):
+                raise LDMError(
+                    f"{self.place}: the pattern {pattern[:80]!r} is more than a layer's name, and ldm runs no "
+                    "stranger's expressions: write out the layers that it means."
+                )
+            ending, own = name.removeprefix("text_model."), layer.removeprefix("text_model.")
+            if own == ending or (not pattern.startswith("^") and own.endswith("." + ending)):
+                return value
+        return default
+
 
 def read_configs(path: Path, metadata: Mapping[str, str], pefts: bool) -> dict[str, Config]:
-    """Network -> what is said of it; {} where nothing is. `pefts`: the factors are named as PEFT does.
+    """Network -> what is said of it; {} where nothing is. `pefts`: PEFT itself wrote the file, and its own beside it.
 
     Raises LDMError for what is malformed, and for forms that aren't implemented.
     """
@@ -84,34 +117,40 @@ def _config(fields: Mapping[str, Any], place: str) -> Config:
         raise LDMError(f"{place} says that it is a {form!r}: ldm knows LoRA, LoHa and LoKr; take one of these.")
     if fields.get("use_dora"):
         raise LDMError(f"{place} says that it is a DoRA, which ldm doesn't implement: take a LoRA, a LoHa or a LoKr.")
-    rank, alpha = fields.get("r"), fields.get("lora_alpha", fields.get("alpha"))
-    ranks, alphas = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
-    for what, numbers in (("rank", [rank]), ("alpha", [alpha]), ("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        values = numbers.values() if isinstance(numbers, dict) else numbers
-        if not isinstance(numbers, dict | list) or not all(value is None or _number(value) for value in values):
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(STARTS):
+        raise LDMError(
+            f"{place} says that its training began with {start[:40]!r}, which changes the model's weights too: save it "
+            "as an ordinary LoRA (PEFT's path_initial_model_for_weight_conversion), or take another."
+        )
+    if more := next((name for name in NEEDS if fields.get(name) not in (None, False, "none", [], {})), None):
+        raise LDMError(
+            f"{place} says {more}, which needs {NEEDS[more]}: ldm doesn't implement that; take a plain LoRA."
+        )
+    alpha = "lora_alpha" if "lora_alpha" in fields else "alpha"
+    said = {name: fields.get(name) for name in ("r", alpha)}
+    patterns = {name: fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for name, value in {**said, **patterns}.items():
+        values = value.values() if isinstance(value, dict) else [value]
+        if isinstance(value, dict) != (name in patterns) or not all(each is None or _number(each) for each in values):
             raise LDMError(
-                f"{place}: its {what} is {json.dumps(fields.get(what, numbers))[:80]}, where numbers belong."
+                f"{place}: its {name} is {shortened(value)}, where "
+                f"{'a table of layers and numbers' if name in patterns else 'a number'} belongs: take a sound copy."
             )
-    if any(value is not None and (value < 1 or value != int(value)) for value in (rank, *ranks.values())):
-        raise LDMError(f"{place}: a rank must be a whole number of 1 or more, not {rank!r} and {ranks!r}.")
+    if fields.get("use_rslora") not in (None, True, False):
+        raise LDMError(f"{place}: its use_rslora is {shortened(fields['use_rslora'])}, neither true nor false.")
+    rank, alpha = said.values()
+    ranks, alphas = patterns.values()
+    wrong = next((each for each in (rank, *ranks.values()) if each is not None and (each < 1 or each % 1)), None)
+    if wrong is not None:
+        raise LDMError(f"{place}: a rank must be a whole number of 1 or more, not {wrong!r}: take a sound copy.")
     return Config(place, rank, alpha, ranks, alphas, bool(fields.get("use_rslora")))
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def of_layer(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
-    """The value for a layer: that of the pattern that its name ends in, or is.
-
-    PEFT takes patterns as regular expressions; names are what trainers write, and a stranger's expression is not run.
-    Raises LDMError for one that is more than a name.
-    """
-    for pattern, value in patterns.items():
-        name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if not re.fullmatch(r"[\w.\-]+", name):
-            raise LDMError(f"PEFT's pattern {pattern!r} is more than a layer's name, which ldm doesn't evaluate.")
-        ending, own = name.removeprefix("text_model."), layer.removeprefix("text_model.")
-        if own == ending or (not pattern.startswith("^") and own.endswith("." + ending)):
-            return value
-    return default
+def shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:80] + "..."

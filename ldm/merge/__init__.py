@@ -12,7 +12,7 @@ say why the mean of two models that were trained from one is a model at all. Whe
 Each tensor is read, computed and written by itself, so that memory holds the largest of them a few times.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -28,7 +28,8 @@ from ldm.convert.writing import Begin, Source, Written, check_apart, check_targe
 from ldm.errors import LDMError, say_on_stderr
 from ldm.loading import find_dtype
 from ldm.lora.algebra import Change
-from ldm.lora.file import open_lora
+from ldm.lora.applied import Applied, strength, told
+from ldm.lora.file import Lora, open_lora
 from ldm.merge.alike import check_alike
 from ldm.merge.blocks import alphas
 from ldm.merge.mixed import Mixed
@@ -68,6 +69,15 @@ class Recipe:
 
     def check(self) -> None:
         """Raise LDMError for what is no recipe."""
+        for each in (self.a, self.b, self.base):
+            if not (isinstance(each, str | Path) or (each is None and self.a is not None)):
+                raise LDMError(f"A model is a name, a folder, a file or an address, not {each!r}.")
+        if not isinstance(self.blocks, Mapping) or not all(isinstance(name, str) for name in self.blocks):
+            raise LDMError(f"Blocks are a table of names and alphas, like {{'OUT08': 0.9}}, not {self.blocks!r}.")
+        pairs = not isinstance(self.loras, str | Path) and isinstance(self.loras, Iterable)
+        if not pairs or not all(isinstance(each, tuple | list) and len(each) == 2 for each in self.loras):
+            raise LDMError(f"LoRAs are pairs of a file and its weight, like [('neon.safetensors', 0.8)], not "
+                           f"{self.loras!r}.")  # fmt: skip
         if self.b is None and not self.loras:
             raise LDMError("There is nothing to merge: name a second model (B), or a LoRA (--lora FILE:0.8).")
         if self.b is None and (self.base is not None or self.blocks):
@@ -83,10 +93,14 @@ class Recipe:
 
 
 class Merged(NamedTuple):
-    """What was written, and how far from A it is: {part: |C - A| / |A| over all of its weights}."""
+    """What was written, and how far from A it is: {part: |C - A| / |A| over all of its weights}.
+
+    `loras`: of each LoRA how much it changes, |dW| / |W| of what it was added to.
+    """
 
     written: Written
     changes: dict[str, float]
+    loras: tuple[Applied, ...] = ()
 
 
 def merge(
@@ -102,8 +116,9 @@ def merge(
 
     Configurations, tokenizers, schedule and defaults are A's, and so are the types of the numbers, unless a `dtype` is
     asked for. `variant`, `allow_pickle`: of all that is read, as for `ldm.load`. `begin` is told the bytes of all
-    numbers before the first is written, and returns what is told those of each tensor. Raises LDMError for what isn't
-    sound, or no two of a kind, and for a target that can't be written: then nothing is.
+    numbers before the first is written, and returns what is told those of each tensor. Says on stderr what each LoRA
+    changes, as `add_lora` does, and where the result is A. Raises LDMError for what isn't sound, or no two of a kind,
+    and for a target that can't be written: then nothing is.
     """
     recipe.check()
     check_target(target, overwrite)
@@ -118,12 +133,19 @@ def merge(
         check_alike(a, b, channels=base is None)
     if base is not None:
         check_alike(b, base)
-    parts = mixed(recipe, a, b, base, kind, added(recipe, a, target, allow_pickle))
+    opened = opened_loras(recipe, target, allow_pickle)
+    fitted = fit(opened, a)
+    parts = mixed(recipe, a, b, base, kind, by_key(opened, fitted, a))
     if b is not None:
         say_on_stderr(f"Configurations, tokenizers, schedule and defaults are those of {a.place}.")
     source = replace(a, title=str(recipe), weights=parts, remarks={"modelspec.merged_from": str(recipe)})
     written = write(source, target, kind, overwrite, begin)
-    return Merged(written, {part: each.change for part, each in parts.items()})
+    loras = applied(opened, fitted, parts)
+    for each in loras:
+        say_on_stderr(told(each))
+    if not any(each.differs for each in parts.values()):
+        say_on_stderr(f"Nothing changes: every weight is that of {a.place}.")
+    return Merged(written, {part: each.change for part, each in parts.items()}, loras)
 
 
 def open_whole(model: str | Path, variant: str | None, allow_pickle: bool) -> Source:
@@ -152,21 +174,48 @@ def mixed(
     return found
 
 
-def added(
-    recipe: Recipe, a: Source, target: str | Path, allow_pickle: bool
-) -> dict[str, dict[str, list[tuple[float, Change]]]]:
-    """What the LoRAs change: {part: {key: [(weight, change)]}}. Raises LDMError for one of another model."""
-    found: dict[str, dict[str, list[tuple[float, Change]]]] = {part: {} for part in a.configs}
-    if not recipe.loras:
-        return found
-    networks = {part: blank_part(part, config) for part, config in a.configs.items() if part != "vae"}
+# ---------------------------------------------------------------------------------------------------- LoRAs
+
+Opened = list[tuple[Lora, float]]
+Fitted = list[dict[str, dict[str, Change]]]  # of each: {part: {key: how}}
+
+
+def opened_loras(recipe: Recipe, target: str | Path, allow_pickle: bool) -> Opened:
+    """The recipe's LoRAs, with their weights."""
     opened = []
     for file, weight in recipe.loras:
         place = find_file(file, LORA)
         check_apart(place, target)
         opened.append((open_lora(place, allow_pickle), weight))
-    for lora, weight in sorted(opened, key=lambda pair: (pair[0].place, pair[1])):  # as `ldm.lora.applied` sums them
-        for part, changes in lora.fit(networks).items():
-            for key, change in changes.items():
+    return opened
+
+
+def fit(opened: Opened, a: Source) -> Fitted:
+    """What each of them changes. Raises LDMError for one of another model."""
+    if not opened:
+        return []
+    networks = {part: blank_part(part, config) for part, config in a.configs.items() if part != "vae"}
+    return [lora.fit(networks) for lora, _ in opened]
+
+
+def by_key(opened: Opened, fitted: Fitted, a: Source) -> dict[str, dict[str, list[tuple[float, Change]]]]:
+    """What is added to each tensor: {part: {key: [(weight, change)]}}."""
+    found: dict[str, dict[str, list[tuple[float, Change]]]] = {part: {} for part in a.configs}
+    for (_, weight), changes in zip(opened, fitted, strict=True):
+        for part, own in changes.items():
+            for key, change in own.items():
                 found[part].setdefault(key, []).append((weight, change))
     return found
+
+
+def applied(opened: Opened, fitted: Fitted, parts: Mapping[str, Mixed]) -> tuple[Applied, ...]:
+    """What each has changed, by how much, once all tensors are written."""
+    found = []
+    for number, ((lora, weight), changes) in enumerate(zip(opened, fitted, strict=True), 1):
+        sizes = {
+            f"{part}.{key}": (change.norm(), parts[part].beneath[key])
+            for part, own in changes.items()
+            for key, change in own.items()
+        }
+        found.append(Applied(lora.name, lora, weight, True, *strength(sizes, weight), number))
+    return tuple(found)

@@ -28,6 +28,8 @@ def alphas(alpha: float, blocks: Mapping[str, float], configs: Mapping[str, Any]
     blocks_of = original_blocks(configs["unet"])
     meant = {name: named(name, keys, blocks_of) for name in blocks}
     for name, found in meant.items():
+        if not found and re.fullmatch(r"(IN|M|OUT)\d+", name, re.ASCII | re.IGNORECASE):
+            raise LDMError(f"{name!r} names no block of this model's UNet, which has {ranges(blocks_of.values())}.")
         if not found:
             known = sorted({*blocks_of.values(), *prefixes(keys)})
             raise LDMError(f"{name!r} names no block of this model.{nearest(name, known) or ' Blocks: ' + say(known)}")
@@ -51,6 +53,13 @@ def original_blocks(config: Any) -> dict[str, str]:
         if block := re.match(r"(input_blocks|output_blocks)\.(\d+)\.|(middle_block)\.", origin.name):
             found[key] = f"{short[block[1] or block[3]]}{int(block[2] or 0):02}"
     return found
+
+
+def ranges(blocks: Iterable[str]) -> str:
+    """IN00 to IN08, M00 and OUT00 to OUT08."""
+    found = [sorted({name for name in blocks if name.startswith(short)}) for short in BLOCKS]
+    words = [each[0] if len(each) == 1 else f"{each[0]} to {each[-1]}" for each in found if each]
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def prefixes(keys: Iterable[tuple[str, str]]) -> set[str]:

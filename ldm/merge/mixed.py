@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.convert.writing import Ours
 from ldm.errors import LDMError
-from ldm.lora.algebra import Change
+from ldm.lora.algebra import Change, summed
 
 
 @dataclass
@@ -31,6 +31,8 @@ class Mixed:
     changes: Mapping[str, Sequence[tuple[float, Change]]]
     dtype: torch.dtype | None = None
     sizes: dict[str, tuple[float, float]] = field(default_factory=dict)  # by name: |C - A| and |A|
+    beneath: dict[str, float] = field(default_factory=dict)  # of those that LoRAs change: |C| without them
+    differs: bool = False  # whether a number of what has been read isn't A's
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -47,7 +49,7 @@ class Mixed:
         return (change / weight) ** 0.5 if weight else 0.0
 
     def read(self, key: str) -> Tensor:
-        """That tensor. Raises LDMError where one that it is made of isn't finite."""
+        """That tensor. Raises LDMError where one that it is made of isn't finite, or it itself wouldn't be."""
         a = self.sound(self.a, key)
         if not a.is_floating_point():
             return a
@@ -56,13 +58,27 @@ class Mixed:
         mixed, alpha = a, self.alphas[key]
         if self.b is not None and alpha != 0:
             mixed = self.mix(key, a, alpha, wide)
+        without = mixed
         if self.changes.get(key):
             mixed = summed(mixed.to(wide), self.changes[key])
         made = mixed.to(kind)
         if key not in self.sizes:  # a writer reads several times: to lay the file out, and to write it
-            norms = (made.to(wide) - a.to(wide), a.to(wide))
-            self.sizes[key] = tuple(float(torch.linalg.vector_norm(each)) for each in norms)
+            self.measure(key, a, without, made, wide)
         return made
+
+    def measure(self, key: str, a: Tensor, without: Tensor, made: Tensor, wide: torch.dtype) -> None:
+        """How far from A a tensor is. Raises LDMError for numbers beyond its range."""
+        if made.numel() and not all(end.isfinite() for end in made.aminmax()):
+            dtype = str(made.dtype).removeprefix("torch.")
+            raise LDMError(
+                f"What is merged would carry {key!r} of {self.a.tensors.place} beyond the range of {dtype}: take "
+                "smaller weights, or write another type (--dtype)."
+            )
+        norms = [float(torch.linalg.vector_norm(each.to(wide))) for each in (made.to(wide) - a.to(wide), a, without)]
+        self.sizes[key] = norms[0], norms[1]
+        if self.changes.get(key):
+            self.beneath[key] = norms[2]
+        self.differs |= not torch.equal(made, a.to(made.dtype))
 
     def mix(self, key: str, a: Tensor, alpha: float, wide: torch.dtype) -> Tensor:
         """A and B, or A and what B is beyond its base."""
@@ -82,10 +98,3 @@ class Mixed:
         if not seen and not all(end.isfinite() for end in tensor.aminmax()):
             raise LDMError(f"{tensors.tensors.place}: {key!r} holds numbers that are not finite: take a sound copy.")
         return tensor
-
-
-def summed(weight: Tensor, changes: Sequence[tuple[float, Change]]) -> Tensor:
-    """A weight and all that LoRAs add to it, in its own type."""
-    for number, change in changes:
-        weight = weight + number * change.to(dtype=weight.dtype).delta(weight.shape)
-    return weight

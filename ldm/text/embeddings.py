@@ -11,6 +11,10 @@ finds the word in prompts (`Tokenizer.with_words`). In three formats, N vectors 
     diffusers               {the word: (D,) or (N, D)}
     AUTOMATIC1111           {"string_to_param": {"*": (N, D)}, "name": the word, ...}, a pickle; {"emb_params": (N, D)}
     SDXL, of many trainers  {"clip_l": (N, 768), "clip_g": (N, 1280)}, one for each of its text encoders
+
+A word belongs to a pipeline, its vectors to the text encoder: an id means nothing without the table that it was made
+for. So the table remembers the words of the tokenizer that goes with it, and where the two no longer belong together
+(two pipelines share an encoder, or it was exchanged) nothing is added, removed or read (`check_table`).
 """
 
 from collections.abc import Mapping
@@ -26,6 +30,7 @@ from ldm.io.folders import some
 from ldm.io.misfits import FLOATS
 from ldm.io.weights import DTYPES, WeightFiles
 from ldm.text.clip import TextConfig, TextEncoder
+from ldm.text.prompts.notices import how_to_write
 from ldm.text.tokenizer import SPACES, Tokenizer, clean_transformers, pieces_of
 from ldm.text.tokenizer_files import CLIP_LENGTH, END
 
@@ -40,7 +45,9 @@ WIDTHS = {  # (of the first text encoder, of the second) -> whose they are; the 
     (768, 1280): "SDXL",
     (0, 1280): "SDXL's refiner",
 }
-A1111, BARE, XL = "string_to_param.*", "emb_params", {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+A1111, BARE, XL = "string_to_param.", "emb_params", {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+TOKENS = "string_to_token."  # beside A1111's: ids of the program that learnt the word, which mean nothing here
+OLD = "'torch.nn.modules.container.ParameterDict'"  # what the first such program put the vectors in
 LORA = ("lora_", ".lora", "hada_", "lokr_", ".alpha", ".diff")  # parts of a LoRA's keys
 MOST = CLIP_LENGTH - 2  # vectors: between the tokens at both ends
 
@@ -96,13 +103,14 @@ def in_words(*widths: int) -> str:
 def open_embedding(path: str | Path, allow_pickle: bool = False) -> Embedding:
     """The word in a file. Raises LDMError for what is no embedding, or not sound, and for a pickle unless allowed."""
     path = Path(path)
-    files = WeightFiles(path, allow_pickle)
-    keys, names = {}, list(files.entries)
+    files = opened(path, allow_pickle)
+    keys, names = {}, [name for name in files.entries if not name.startswith(TOKENS)]
     said, form = names[0] if names else "", "diffusers"
     if set(names) <= XL.keys() and names:
         keys, said, form = {XL[name]: name for name in names}, "", "SDXL's (clip_l, clip_g)"
-    elif A1111 in names:
-        keys, said, form = {"text_encoder": A1111}, files.scalars.get("name", ""), "AUTOMATIC1111"
+    elif said.startswith(A1111):
+        keys, said, form = {"text_encoder": said}, files.scalars.get("name", ""), "AUTOMATIC1111"
+        said = said or names[0].removeprefix(A1111)
     elif BARE in names:
         keys, said, form = {"text_encoder": BARE}, "", "AUTOMATIC1111 (emb_params)"
     elif len(names) == 1:
@@ -117,6 +125,20 @@ def open_embedding(path: str | Path, allow_pickle: bool = False) -> Embedding:
         raise LDMError(f"{path} has {' and '.join(map(str, counts))} vectors for SDXL's two text encoders, and they "
                        "must be as many: take a sound copy.")  # fmt: skip
     return Embedding(word, vectors, path, form)
+
+
+def opened(path: Path, allow_pickle: bool) -> WeightFiles:
+    """The tensors of a file. Of the original program's format (Gal et al. 2022) it is said what to do with it."""
+    try:
+        return WeightFiles(path, allow_pickle)
+    except LDMError as error:
+        if OLD not in str(error):
+            raise
+        raise LDMError(
+            f"{path} is in the old format of the first program for textual inversion, a pickle with a ParameterDict, "
+            "which ldm doesn't read: if you trust it, open it in torch and save it anew: torch.save({'<word>': next("
+            "torch.load(path, weights_only=False)['string_to_param'].parameters()).data}, new)."
+        ) from error
 
 
 def no_embedding(path: Path, names: list[str]) -> LDMError:
@@ -158,16 +180,20 @@ def add(pipe: "Parts", embedding: Embedding, word: str | None = None) -> Embeddi
 
     `word`: what prompts call it; left out, what the file does. Says on stderr how long its vectors are. Until the last
     word is removed the table of before is kept beside the longer one. Raises LDMError, and leaves the pipeline as it
-    is, for vectors of another model, and for a word that can't be one. An offloaded pipeline is to be sent home before
-    (`ldm.memory.send_home`): what is on its device is a copy that is forgotten.
+    is, for vectors of another model, for a word that can't be one, and where another pipeline's words are on the text
+    encoder. An offloaded pipeline is to be sent home before (`ldm.memory.send_home`): what is on its device is a copy
+    that is forgotten.
     """
     word = embedding.word if word is None else word
+    check_table(pipe, alone=True)
     plain = next((each.plain for each in pipe.embeddings.values()), None) or plain_parts(pipe)
     check_fit(embedding, plain)
     check_word(word, embedding, plain, pipe.embeddings)
     added = replace(embedding, word=word, plain=plain)
     put(pipe, plain, {**pipe.embeddings, word: added})
-    say_on_stderr(described(added))
+    for line in (described(added), inside_others(word), how_to_write(word, pipe.tokenizer)):
+        if line:
+            say_on_stderr(line)
     return added
 
 
@@ -175,13 +201,45 @@ def remove(pipe: "Parts", word: str) -> None:
     """Forget the word. With the last one, tables, tokenizers and configurations are the very same again.
 
     Where the model was moved or cast meanwhile, the table is a copy of what it has become. Sent home before, as for
-    `add`. Raises LDMError for a word that isn't on.
+    `add`. Raises LDMError for a word that isn't on, and where the text encoder is no longer the one that has it.
     """
+    if not isinstance(word, str):
+        own = repr(word.word) if isinstance(word, Embedding) else "such as '<toy>'"
+        raise LDMError(f"What is to be removed is named by its word, {own}, not by something of type "
+                       f"{type(word).__name__}.")  # fmt: skip
     if word not in pipe.embeddings:
         known = f"those on are {some(list(map(repr, pipe.embeddings)))}" if pipe.embeddings else "none is on"
-        raise LDMError(f"There is no learnt word {word!r} to remove: {known}.{nearest(str(word), pipe.embeddings)}")
+        raise LDMError(f"There is no learnt word {word!r} to remove: {known}.{nearest(word, pipe.embeddings)}")
+    check_table(pipe)
     rest = {each: added for each, added in pipe.embeddings.items() if each != word}
     put(pipe, pipe.embeddings[word].plain, rest)
+
+
+def table_of(encoder: TextEncoder) -> nn.Embedding:
+    return encoder.embeddings.token_embedding
+
+
+def check_table(pipe: "Parts", alone: bool = False) -> None:
+    """Raise LDMError where a text encoder's table isn't the one that this pipeline's words were put in.
+
+    `alone`: and where words of another pipeline are on it, which this one can read its own prompts beside.
+    """
+    for part, name in TOKENIZERS.items():
+        if (encoder := getattr(pipe, part)) is None:
+            continue
+        words, title = vars(table_of(encoder)).get("words", {}), part.replace("_", " ")
+        if pipe.embeddings and words is not getattr(pipe, name).words:
+            raise LDMError(
+                f"This pipeline's learnt words ({some(list(map(repr, pipe.embeddings)))}) aren't on its {title}: that "
+                "(or its tokenizer) is another one now, or a pipeline that shares it has learnt or forgotten words; "
+                "put back the one that has them, or load the model anew, and remove words before anything is "
+                "exchanged, or let pipelines share nothing (copy.deepcopy(pipe))."
+            )
+        if alone and words and not pipe.embeddings:
+            raise LDMError(
+                f"The {title} has learnt words of another pipeline that shares it ({some(list(map(repr, words)))}): "
+                "remove them there first, or load the model anew for this pipeline."
+            )
 
 
 def plain_parts(pipe: "Parts") -> dict[str, Plain]:
@@ -193,7 +251,7 @@ def plain_parts(pipe: "Parts") -> dict[str, Plain]:
             "text_encoder_2" if refiner else part,
             getattr(pipe, TOKENIZERS[part]),
             getattr(pipe, part).config,
-            getattr(pipe, part).embeddings.token_embedding.weight,
+            table_of(getattr(pipe, part)).weight,
         )
         for part in parts
     }
@@ -204,8 +262,10 @@ def check_fit(embedding: Embedding, plain: Mapping[str, Plain]) -> None:
     needed = {each.reads: each.table.shape[1] for each in plain.values()}
     given = {part: vectors.shape[1] for part, vectors in embedding.vectors.items()}
     if needed != given and (len(needed) > 1 or "text_encoder" in needed or needed.items() - given.items()):
-        mine = in_words(*(needed.get(part, 0) for part in TOKENIZERS))
-        raise LDMError(f"{embedding.place} was made for {embedding.base}, and this model is {mine}: take another file.")
+        mine, base = in_words(*(needed.get(part, 0) for part in TOKENIZERS)), embedding.base
+        if "text_encoder" not in given:
+            base = f"SDXL's second text encoder alone (clip_g, vectors of {given['text_encoder_2']} numbers)"
+        raise LDMError(f"{embedding.place} was made for {base}, and this model is {mine}: take another file.")
     for each in plain.values():
         if not embedding.vectors[each.reads].to(each.table.dtype).isfinite().all():
             raise LDMError(f"{embedding.place} has numbers beyond {str(each.table.dtype).removeprefix('torch.')}: load "
@@ -240,8 +300,11 @@ def put(pipe: "Parts", plain: Mapping[str, Plain], words: Mapping[str, Embedding
         encoder = getattr(pipe, part)
         setattr(pipe, TOKENIZERS[part], tokenizer)
         encoder.config = config
-        encoder.embeddings.token_embedding.weight = table
-        encoder.embeddings.token_embedding.num_embeddings = len(table)
+        table_of(encoder).weight = table
+        table_of(encoder).num_embeddings = len(table)
+        vars(table_of(encoder)).pop("words", None)
+        if words:
+            table_of(encoder).words = tokenizer.words  # the very one: by it they know each other
     pipe.embeddings = dict(words)
 
 
@@ -249,7 +312,7 @@ def learnt(
     encoder: TextEncoder, before: Plain, words: Mapping[str, Embedding]
 ) -> tuple[Tokenizer, TextConfig, nn.Parameter]:
     """A text encoder's tokenizer, configuration and table with these words: with none, those of before."""
-    now, first = encoder.embeddings.token_embedding.weight, len(before.table)
+    now, first = table_of(encoder).weight, len(before.table)
     if not words:
         same = (now.dtype, now.device) == (before.table.dtype, before.table.device)
         kept = before.table if same else nn.Parameter(now.detach()[:first].clone(), now.requires_grad)
@@ -280,3 +343,10 @@ def described(added: Embedding) -> str:
         usual = f"where most of the vocabulary's are {low:.2g} to {high:.2g}"
         told.append(f"{part.replace('_', ' ')}: their length {length} {usual}")
     return f"{added.word} is now a word of {count} ({'; '.join(told)})."
+
+
+def inside_others(word: str) -> str:
+    """Of a word of letters alone, which ordinary words may have in them: a sentence that says so. "" of others."""
+    if not word.isalpha():
+        return ""
+    return f"{word!r} is found inside other words too, and cuts them up, as in diffusers; '<{word}>' would not be."

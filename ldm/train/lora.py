@@ -96,13 +96,17 @@ def beside(network: nn.Module, factors: Factors, weight: float = 1.0) -> Iterato
 
 
 def write_lora(path: Path, factors: Factors, base: str, part: str = "unet") -> None:
-    """The file as diffusers writes it, in half precision: PEFT's names, rank and alpha as JSON in the header."""
+    """The file as diffusers writes it, in half precision: PEFT's names, rank and alpha as JSON in the header.
+
+    Beside these the header says who trained it, and for which model (`ldm.inspect.trained` reads both).
+    """
     tensors, config = {}, {"r": factors.rank, "lora_alpha": factors.alpha, "target_modules": factors.names}
     for name, change in factors.changes().items():
         tensors[f"{part}.{name}.lora_A.weight"] = change.down.detach()
         tensors[f"{part}.{name}.lora_B.weight"] = change.up.detach()
     header = json.dumps({f"{part}.{key}": value for key, value in config.items()})
-    save_weights(tensors, path, torch.float16, {"lora_adapter_metadata": header, "base_model": base})
+    said = {"lora_adapter_metadata": header, "software": "ldm", "base_model": base}
+    save_weights(tensors, path, torch.float16, said)
 
 
 def examples_of(style: str, count: int, held_out: bool = False) -> Examples:

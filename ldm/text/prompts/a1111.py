@@ -9,7 +9,8 @@ r"""The dialect of AUTOMATIC1111's web UI (1.10): a prompt becomes sections of w
    UI stops, and numbers beyond 1000 are words: the bracket then counts 1.1. Products end at 1000.
 5. `BREAK`, in capitals and a word of its own, ends a chunk: what follows begins the next. Spaces around it go. (In the
    web UI a BREAK inside brackets becomes a word of negative weight; here it breaks, and the brackets go on behind it.)
-6. Neighbours of one weight are one phrase. Each is turned into tokens by itself.
+6. Neighbours of one weight are one phrase. Each is turned into tokens by itself. (In the web UI a phrase of another
+   weight without a letter, `a(\:1.2)b`, parts its neighbours; here they are one word.)
 
 What is in chunks, and how they are weighed, stands in `ldm.text.prompts.chunks` and `.weighing`; `[a:b:0.5]` and
 `[a|b]` in `.schedules`, which comes first: what it doesn't know as such is left in the text for these rules.

@@ -60,7 +60,10 @@ def parse(prompt: str) -> Parsed:
 
 def write(parsed: Parsed) -> str:
     """A prompt that says the same: `parse` makes these very nodes of it."""
-    return re.sub(r", (\S)", r",\1", " ".join(node.raw for node in parsed.nodes))
+    text = ""
+    for node in parsed.nodes:  # in lines, for quotes that end on another than they began on are none
+        text += ("" if re.match(r",\S", node.raw) else "\n" if text else "") + node.raw
+    return re.sub(r", (\S)", r",\1", text)
 
 
 def deep(text: str) -> int:

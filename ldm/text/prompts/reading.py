@@ -7,25 +7,35 @@ a batch changes the pictures of short ones a little; drawn one by one, they are 
 Shapes: n chunks of L tokens (77), D the encoders' widths together, J the second's joint space.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ldm.errors import say_on_stderr
 from ldm.text.prompts import a1111, compel
 from ldm.text.prompts.chunks import Chunk, by_sentences, in_chunks
 from ldm.text.prompts.weighing import emphasised, parted, weights_of
+from ldm.text.tokenizer import Tokenizer
 from ldm.text.words import Reader, Words, vectors
 
 
 class Asked(NamedTuple):
-    """How prompts are to be read: the dialect, where, and which layer of the encoders."""
+    """How prompts are to be read: the dialect, where, which layer of the encoders; and who is told what is odd."""
 
     dialect: str
     device: torch.device
     clip_skip: int = 0
     xl: bool = False
+    say: Callable[[str], None] = say_on_stderr
+
+
+def length(tokenizer: Tokenizer, prompt: str, dialect: str) -> int:
+    """How many chunks a prompt in a1111's or compel's dialect is; of a .blend() those of its longest text."""
+    if dialect == "a1111":
+        return len(in_chunks(tokenizer, a1111.parse(prompt)))
+    return sum(max(len(by_sentences(tokenizer, text)) for text in mix.texts) for mix in compel.parse(prompt).mixes)
 
 
 def read_chunks(readers: Sequence[Reader], prompts: Sequence[str], asked: Asked) -> Words:
@@ -73,7 +83,7 @@ def read_a1111(reader: Reader, prompt: str, asked: Asked) -> tuple[Tensor, Tenso
     """The pooled vector is that of the first chunk, without weights."""
     chunks = in_chunks(reader.tokenizer, a1111.parse(prompt))
     context, pooled = vectors(reader, framed(reader, chunks, asked), asked.clip_skip, asked.xl)
-    weighted = emphasised(context, weights_of(chunks, context.shape[1]))
+    weighted = emphasised(context, weights_of(chunks, context.shape[1]), asked.say)
     return weighted, None if pooled is None else pooled[:1]
 
 

@@ -13,6 +13,7 @@ r"""Other words at other steps, as the web UI has it (`[a:b:0.5]`, `[a|b]`): a p
    stages, and all of it is text. (The web UI's grammar doesn't know the first two, and gives up without a word.)
 
 Of a run from a picture by strength the steps that are run count; a run of two models (`ldm.ensemble`) is one road.
+(The web UI takes shares of all steps there, and counts from the first that is run: at strength 0.4 `[a:b:0.5]` is a.)
 """
 
 import re

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ldm.errors import say_on_stderr
 from ldm.text.prompts.chunks import Chunk
 
+USUAL = (0.2, 5.0)  # what all vectors of a chunk are multiplied by to have their mean back, at the least and most
 LEAST = 1e-5  # of a weight below 1 in `parted`, whose tangent at 0 would be infinite
 
 
@@ -19,11 +21,14 @@ def weights_of(chunks: Sequence[Chunk], length: int) -> list[list[float]]:
     return [([1.0, *(token.weight for token in chunk)] + [1.0] * length)[:length] for chunk in chunks]
 
 
-def emphasised(context: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
+def emphasised(
+    context: Tensor, weights: Sequence[Sequence[float]], say: Callable[[str], None] = say_on_stderr
+) -> Tensor:
     """The vectors (n, L, D) times their weights (n, L), and the mean of each chunk as it was.
 
     That is the web UI's "original" emphasis. It takes the mean over the prompts of a batch; here it is the prompt's
-    own, or a picture would depend on its neighbours. A chunk without weights is left as it is.
+    own, or a picture would depend on its neighbours. A chunk without weights is left as it is. Where little is left of
+    a mean it says (`say`) that all vectors are multiplied by much, or by less than 0.
     """
     if all(weight == 1 for row in weights for weight in row):
         return context
@@ -31,6 +36,13 @@ def emphasised(context: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
     scaled = wide * torch.tensor(weights, dtype=wide.dtype, device=wide.device)[..., None]
     before, after = wide.mean((1, 2), keepdim=True), scaled.mean((1, 2), keepdim=True)
     factor = torch.where(after == 0, 1.0, before / torch.where(after == 0, 1.0, after))
+    least, most = USUAL
+    if ((factor < least) | (factor > most)).any():
+        say(
+            f"A prompt's weights move the mean of its vectors so far that all of them are multiplied by more than "
+            f"{most:g}, less than {least:g} or a negative number to have it back, as in the web UI: the picture may "
+            "come to nothing; take weights nearer to 1."
+        )
     return (scaled * factor).to(context.dtype)
 
 
