@@ -1,14 +1,16 @@
 """What people add to a model: LoRAs to its weights, embeddings to its words; and take away again, bit for bit.
 
-pipe.add_lora("style.safetensors", 0.8)             # says how many weights change, and by how much
-pipe.add_lora("scenes-neon", 0.5)                   # any number of them: their changes are summed
-pipe.loras                                          # what is on, and at which weight
-pipe.remove_lora("style")                           # the weights are what they would be had it never been there
+    pipe.add_lora("style.safetensors", 0.8)             # says how many weights change, and by how much
+    pipe.add_lora("scenes-neon", 0.5)                   # any number of them: their changes are summed
+    pipe.loras                                          # what is on, and at which weight
+    pipe.remove_lora("style")                           # the weights are what they would be had it never been there
 
-with pipe.lora("style.safetensors", 0.7):           # for as long as the block lasts
-    pipe("a house on snow").images[0]
+    with pipe.lora("style.safetensors", 0.7):           # for as long as the block lasts
+        pipe("a house on snow").images[0]
 
-pipe.add_embedding("scenes-mushroom")               # a word: its vectors go to every text encoder it has some for
+    pipe.add_embedding("scenes-mushroom")               # a word: its vectors go to every text encoder it has some for
+
+LoRAs are `ldm.lora`'s, words `ldm.text.embeddings`'.
 """
 
 from collections.abc import Iterator

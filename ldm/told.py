@@ -14,7 +14,7 @@ from ldm.text.embeddings import check_table
 from ldm.text.prompts import check_dialect
 from ldm.text.prompts.notices import notices
 from ldm.text.prompts.reading import Asked, filled, length, read_chunks
-from ldm.text.prompts.schedules import Script, parse, scripts
+from ldm.text.prompts.schedules import Script, change, parse, scripts
 from ldm.text.prompts.table import parts_of
 from ldm.text.words import Reader, Words, nothing
 
@@ -35,7 +35,7 @@ def read(pipe: "Parts", prompts: Sequence[str], clip_skip: int = 0, dialect: str
     Raises LDMError for a prompt that has other words at other steps (`[a:b:0.5]`).
     """
     for prompt in prompts if check_dialect(dialect) == "a1111" else ():
-        if not all(isinstance(node, str) for node in parse(prompt)):
+        if change(parse(prompt)):
             raise LDMError(
                 f"{prompt!r:.80} has other words at other steps, and is read step by step: give what it is at one of "
                 "them (ldm.text.prompts.schedules.stages(prompt, steps)[0].text)."

@@ -193,6 +193,28 @@ def test_one_bad_number_at_any_place_is_noticed(dtype, bad):
             _cast(tensor, dtype, "cpu", "it")
 
 
+def test_what_is_computed_when_it_is_asked_for_is_laid_out_without_it(tmp_path):
+    """By an outline: each tensor is computed once, and the file is that of tensors that are there."""
+    tensors, asked = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.int64)}, []
+
+    class Computed(dict):
+        def __getitem__(self, name):
+            asked.append(name)
+            return super().__getitem__(name)
+
+        def items(self):
+            return [(name, self[name]) for name in self]
+
+    outline = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    save_weights(tensors, tmp_path / "there.safetensors", torch.float16)
+    save_weights(Computed(tensors), tmp_path / "computed.safetensors", torch.float16, outline=outline)
+    assert sorted(asked) == ["a", "b"]
+    assert (tmp_path / "computed.safetensors").read_bytes() == (tmp_path / "there.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"'a' is \(2, 3\), and its outline \(3, 2\)"):
+        save_weights(tensors, tmp_path / "other.safetensors", outline=outline | {"a": torch.empty(3, 2, device="meta")})
+    assert not (tmp_path / "other.safetensors").exists()
+
+
 def test_where_the_system_gives_no_memory_for_a_file(tmp_path, monkeypatch):
     def refused(*args):
         raise RuntimeError("unable to mmap 8796093022208 bytes: Cannot allocate memory (12)")

@@ -11,13 +11,12 @@ PACKAGE = Path(__file__).parent.parent
 INDEX, CONFIG = "model_index.json", "config.json"  # what marks the folder of a whole model, and of one network
 LORA = "pytorch_lora_weights.safetensors"  # and of what is added to a model, as diffusers calls it
 EMBEDDING = "learned_embeds.safetensors"
-ADDED = {LORA: "pipe.add_lora, --lora", EMBEDDING: "pipe.add_embedding, --embedding"}
 MOST_LETTERS = 4096  # of a path, on most systems
 KINDS = {  # what an embedded thing is by its mark, and what reads it
     INDEX: ("a whole model", "ldm.load, --model"),
     CONFIG: ("a ControlNet", "ldm.load_controlnet, --control"),
-    LORA: ("a LoRA", ADDED[LORA]),
-    EMBEDDING: ("a learnt word", ADDED[EMBEDDING]),
+    LORA: ("a LoRA", "pipe.add_lora, --lora"),
+    EMBEDDING: ("a learnt word", "pipe.add_embedding, --embedding"),
 }
 
 
@@ -55,8 +54,8 @@ def find_model(model: str | Path, mark: str = INDEX, variant: str | None = None,
     if str(model) in other:
         which = "a ControlNet: load_controlnet" if mark == INDEX else "a whole model: load"
         raise LDMError(f"The embedded {str(model)!r} is {which} reads it.")
-    if option := next((ADDED[file] for file in ADDED if str(model) in embedded(file)), None):
-        raise LDMError(f"The embedded {str(model)!r} is added to a model, and is none itself: {option}.")
+    if added := next((each for each in (LORA, EMBEDDING) if str(model) in embedded(each)), None):
+        raise LDMError(f"The embedded {str(model)!r} is added to a model, and is none itself: {KINDS[added][1]}.")
     path = Path(model)
     if path.exists():
         return path

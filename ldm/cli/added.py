@@ -5,8 +5,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ldm.cli.options import Parser
-from ldm.errors import LDMError
+from ldm.cli.options import read_again
 
 TITLE = "what is added to the model"
 TITLES = {"vae": "VAE", "embedding": "embedding", "lora": "LoRA"}  # by option, in the order in which they are added
@@ -93,10 +92,4 @@ def wishes(args: argparse.Namespace) -> list[Wish]:
 
 def read_words(told: list[str], where: str) -> list[Wish]:
     """The wishes of words that `Wish.word` wrote. Raises LDMError for anything else."""
-    parser = Parser(prog=where, add_help=False)
-    add(parser)
-    parser.error = lambda message: (_ for _ in ()).throw(LDMError(f"{where} tells of what was added: {message}."))
-    args, unknown = parser.parse_known_args(told)
-    if unknown:
-        raise LDMError(f"{where} tells of what was added in words that ldm doesn't know: {unknown[0]!r}.")
-    return wishes(args)
+    return wishes(read_again(add, told, f"{where} tells of what was added"))

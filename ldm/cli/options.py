@@ -46,6 +46,20 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unknown option {option}.{nearest(option, known)}")
 
 
+def read_again(add: Callable[["argparse._ActionsContainer"], None], told: list[str], what: str) -> argparse.Namespace:
+    """Words that a record keeps, read by the options that `add` declares; nothing in them is taken on trust.
+
+    Raises LDMError for others. `what`: whose words they are, and what they tell of.
+    """
+    parser = Parser(prog=what, add_help=False)
+    add(parser)
+    parser.error = lambda message: (_ for _ in ()).throw(LDMError(f"{what}: {message}."))
+    args, unknown = parser.parse_known_args(told)
+    if unknown:
+        raise LDMError(f"{what} in words that ldm doesn't know: {unknown[0]!r}.")
+    return args
+
+
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """The kind of option that is a whole number between two ends."""
 

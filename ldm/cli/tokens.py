@@ -73,24 +73,15 @@ def run(args: argparse.Namespace) -> None:
 
 def with_words(checkpoint: "Checkpoint", wishes: "list[Wish]", allow_pickle: bool) -> "dict[str, Tokenizer]":
     """The model's tokenizers by their encoders' names, with the words of embeddings. Raises LDMError as adding does."""
-    from ldm.checkpoints.places import find_file
-    from ldm.text import embeddings
+    from ldm.checkpoints.places import EMBEDDING, find_file
+    from ldm.text.embeddings import knowing, named, open_embedding
 
     plain, on = plain_of(checkpoint), {}
     for wish in wishes:
-        opened = embeddings.open_embedding(find_file(wish.name, embeddings.FILE), allow_pickle)
-        word = opened.word if wish.value is None else wish.value
-        embeddings.check_fit(opened, plain)
-        embeddings.check_word(word, opened, plain, on)
-        on[word] = embeddings.replace(opened, word=word)
-    found = {}
-    for part, before in plain.items():
-        first, ids = len(before.table), {}
-        for word, each in on.items():
-            ids[word] = range(first, first + each.count)
-            first += each.count
-        found[part] = before.tokenizer.with_words(ids) if ids else before.tokenizer
-    return found
+        opened = open_embedding(find_file(wish.name, EMBEDDING), allow_pickle)
+        added = named(opened, wish.value, plain, on)
+        on[added.word] = added
+    return {part: knowing(before, on) for part, before in plain.items()}
 
 
 def plain_of(checkpoint: "Checkpoint") -> "dict[str, Plain]":

@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from ldm.cli.options import Parser, one_of, real, whole
+from ldm.cli.options import one_of, read_again, real, whole
 from ldm.errors import LDMError
 
 HELP = """pictures given:
@@ -149,13 +149,7 @@ def words(wish: dict) -> list[str]:
 
 def read_words(told: list[str], where: str) -> dict:
     """The wishes that `words` wrote. Raises LDMError for anything else."""
-    parser = Parser(prog=where, add_help=False)
-    add(parser)
-    parser.error = lambda message: (_ for _ in ()).throw(LDMError(f"{where} tells of pictures given: {message}."))
-    args, unknown = parser.parse_known_args(told)
-    if unknown:
-        raise LDMError(f"{where} tells of pictures given in words that ldm doesn't know: {unknown[0]!r}.")
-    return wishes(args)
+    return wishes(read_again(add, told, f"{where} tells of pictures given"))
 
 
 def models(wish: dict, variant: str | None) -> dict[str, str | None]:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,11 @@ class Ours:
 
     def read(self, key: str) -> Tensor:
         return self.tensors.read(self.names[key])
+
+    def outline(self, key: str) -> Tensor:
+        """Its shape and type alone, on the meta device."""
+        entry = self.tensors.entries[self.names[key]]
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
 
     def bytes(self, dtype: torch.dtype | None) -> int:
         """How much room they take, as that type or as the one each has."""
@@ -209,22 +215,24 @@ def write_part(folder: Path, part: str, config: Any, source: Source, dtype: torc
     stem = NETWORKS[part].stem if part in NETWORKS else STEM
     # The outer `text_model.` is what every version of transformers reads; the projection lies outside of it.
     outer = "text_model." if part.startswith("text_encoder") else ""
-    reads = {
-        (key if key.startswith("text_projection") else outer + key): (lambda key=key: tensors.read(key))
-        for key in tensors.names
-    }
-    save_weights(Lazy(reads), folder / f"{stem}.safetensors", dtype, dict(source.remarks), wrote=tick)
+    keys = {(key if key.startswith("text_projection") else outer + key): key for key in tensors.names}
+    reads = {name: partial(tensors.read, key) for name, key in keys.items()}
+    outline = {name: tensors.outline(key) for name, key in keys.items()}
+    save_weights(Lazy(reads), folder / f"{stem}.safetensors", dtype, dict(source.remarks), tick, outline)
 
 
 def write_file(
     source: Source, target: Path, dtype: torch.dtype | None, overwrite: bool, tick: Tick
 ) -> tuple[Path, ...]:
     """The original layout, in one file; and beside it the tokenizers that it can't hold."""
-    model, reads = source.model, {}
+    model, reads, outline = source.model, {}, {}
     for part, config in source.configs.items():
-        reads |= originals(source.weights[part], names.origins(part, config, *layout(part, source)))
+        tensors, origins = source.weights[part], names.origins(part, config, *layout(part, source))
+        reads |= originals(tensors.read, origins)
+        outline |= {name: make() for name, make in originals(tensors.outline, origins).items()}
     if model is not None:
         reads |= marks(model)
+        outline |= {name: make() for name, make in marks(model).items()}
         if "depth_estimator" in model.index:
             say_on_stderr(f"{source.place}: its depth_estimator has no place in a single file and is left out.")
     said = metadata(source.configs, model, source.title) | source.remarks
@@ -232,7 +240,7 @@ def write_file(
     with ExitStack() as stack:  # the folders take their places when the file has
         for folder, tokenizer in beside.items():
             save_tokenizer(tokenizer, stack.enter_context(atomic_folder(folder)))
-        save_weights(Lazy(reads), target, dtype, said, wrote=tick)
+        save_weights(Lazy(reads), target, dtype, said, tick, outline)
     return tuple(beside)
 
 
@@ -245,16 +253,16 @@ def layout(part: str, source: Source) -> tuple[str, str]:
     return names.prefixes(source.configs)[part], "original"
 
 
-def originals(tensors: Ours, origins: Mapping[str, names.Origin]) -> dict[str, Callable[[], Tensor]]:
-    """How each tensor of the original layout is made: of one of ours, or of three."""
+def originals(read: Callable[[str], Tensor], origins: Mapping[str, names.Origin]) -> dict[str, Callable[[], Tensor]]:
+    """How each tensor of the original layout is made: of one of ours, or of three, which `read` gives by our names."""
     groups: dict[str, list[str]] = {}
     for key, origin in origins.items():
         groups.setdefault(origin.name, []).append(key)
 
     def make(name: str) -> Tensor:
-        return names.to_original({key: tensors.read(key) for key in groups[name]}, origins)[name]
+        return names.to_original({key: read(key) for key in groups[name]}, origins)[name]
 
-    return {name: (lambda name=name: make(name)) for name in groups}
+    return {name: partial(make, name) for name in groups}
 
 
 def marks(model: Checkpoint) -> dict[str, Callable[[], Tensor]]:

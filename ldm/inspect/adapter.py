@@ -38,17 +38,18 @@ def of_adapter(files: WeightFiles, form: str, name: str, base: Base | None) -> R
     common = {"place": str(path), "kind": "lora", "form": form}
     try:
         lora = open_lora(path, allow_pickle=True)
-        norms = {group: norm_of(lora, group) for group in lora.groups}
+        changes = {group: norms_of(lora, group) for group in lora.groups}
     except LDMError as error:  # damaged, or of a kind that is refused by its name
         what = next((what for what in map(other_form, files.entries) if what), None)
         other = next((f"a LoRA for {model}" for model in map(other_model, files.entries) if model), "a LoRA")
         part = make_part("all", path.name, files.entries.values())
         return Report(**common, what=what or other, parts=(part,), facts=facts, faults=(str(error),))
+    norms = {group: math.hypot(*each.values()) for group, each in changes.items()}
     bases = beside(base)
     found = {title: whereabouts(lora, each) for title, each in bases.items()}
     known = {title: bases[title] for title, where in found.items() if where is not None}
     first = next(iter(known.values()), None)
-    where, sizes = (found[first.title], own_norms(lora, first, found[first.title])) if first else (None, {})
+    where, sizes = (found[first.title], own_norms(changes, first, found[first.title])) if first else (None, {})
     fault, warnings = None if base is None else refusal(lora, base), []
     if not known and base is None:
         warnings.append("It goes with no model that ldm knows by its shapes: --model M asks whether it goes with M.")
@@ -69,12 +70,14 @@ def of_adapter(files: WeightFiles, form: str, name: str, base: Base | None) -> R
     )
 
 
-def norm_of(lora: Lora, group: Group) -> float:
-    """How large the change of a layer is, at weight 1, its bias with it. Raises LDMError for NaN."""
-    return math.hypot(*(change.norm() for change in lora.changes(group).values()))
+def norms_of(lora: Lora, group: Group) -> dict[str, float]:
+    """How large the change of a layer's "weight" and "bias" is, at weight 1. Raises LDMError for NaN."""
+    return {leaf: change.norm() for leaf, change in lora.changes(group).items()}
 
 
-def own_norms(lora: Lora, base: Base, where: Mapping[Group, Place]) -> dict[Group, float]:
+def own_norms(
+    changes: Mapping[Group, Mapping[str, float]], base: Base, where: Mapping[Group, Place]
+) -> dict[Group, float]:
     """How large the model's own weights are that each group changes; nothing, if they aren't here or can't be read."""
     if base.checkpoint is None:
         return {}
@@ -86,7 +89,7 @@ def own_norms(lora: Lora, base: Base, where: Mapping[Group, Place]) -> dict[Grou
                 weights, rename = base.checkpoint.weights(part), getattr(NETWORKS[part].network, "rename", str)
                 tables[part] = weights, {rename(name): name for name in weights.entries}
             weights, names = tables[part]
-            own = [weights.read(names[f"{layer}.{leaf}"]) for leaf in lora.changes(group)]
+            own = [weights.read(names[f"{layer}.{leaf}"]) for leaf in changes[group]]
             found[group] = math.hypot(*(float(vector_norm(each, dtype=float64)) for each in own))
     except (LDMError, KeyError):  # of a model that ldm wouldn't load
         return {}

@@ -10,11 +10,10 @@ from ldm.checkpoints.architectures import PUBLISHED
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.fit import CONFIGS
 from ldm.checkpoints.folder import open_folder
-from ldm.checkpoints.places import INDEX, LORA, embedded
+from ldm.checkpoints.places import EMBEDDING, INDEX, LORA, embedded
 from ldm.checkpoints.single import open_single
 from ldm.errors import LDMError
 from ldm.inspect.told import PROMPT
-from ldm.text.embeddings import FILE as EMBEDDING
 
 ADDED = (LORA, EMBEDDING)  # what marks the folder of something that is added to a model
 

@@ -7,7 +7,7 @@ from ldm.errors import LDMError
 from ldm.inspect.bases import Base, beside, line_of_base, of_embedded
 from ldm.inspect.report import Report, make_part
 from ldm.io.weights import WeightFiles
-from ldm.text.embeddings import TOKENIZERS, Embedding, Plain, check_fit, check_word, open_embedding
+from ldm.text.embeddings import TOKENIZERS, Embedding, Plain, named, open_embedding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +71,7 @@ def fault_of(word: Embedding, base: Base) -> str | None:
     if not fits(word, base) or (plain := plain_of(base)) is None:
         return None if fits(word, base) else f"{word.place} was made for {word.base}, and not for {base.title}."
     try:
-        check_fit(word, plain)
-        check_word(word.word, word, plain, {})
+        named(word, None, plain, {})
     except LDMError as error:
         return str(error)
     return None

@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from ldm import memory
 from ldm.errors import LDMError, nearest, say_on_stderr
 from ldm.io.folders import some
+from ldm.io.weights import all_finite
 from ldm.lora.algebra import Change, summed
 from ldm.lora.file import Lora
 from ldm.lora.names import TEXT, TEXT_2, UNET
@@ -172,7 +173,7 @@ class Stack:
         changes = [(each.applied.weight, each.changes[key]) for each in entries]
         total = summed(base.to(weight.device, exact), changes)
         found = torch.empty_like(weight.data).copy_(total)  # of the same layout (channels last)
-        if not all(end.isfinite() for end in found.aminmax()):
+        if not all_finite(found):
             names = " and ".join(each.applied.name for each in entries)
             dtype = str(weight.dtype).removeprefix("torch.")
             raise LDMError(f"{names} would carry {key} beyond the range of {dtype}: take a smaller weight.")

@@ -1,8 +1,10 @@
 """A LoRA's file, opened: what it says of itself by its header alone; its numbers are read when it is fitted to a model.
 
-lora = open_lora("style.safetensors")
-print(lora)                       # a LoRA in kohya's names, rank 8, alpha 4: 192 layers of the UNet
-lora.fit({"unet": pipe.unet})     # {"unet": {"mid_block.[...].to_q.weight": LowRank(...)}}
+    lora = open_lora("style.safetensors")
+    print(lora)                       # a LoRA in kohya's names, rank 8, alpha 4: 192 layers of the UNet
+    lora.fit({"unet": pipe.unet})     # {"unet": {"mid_block.[...].to_q.weight": LowRank(...)}}
+
+What its keys mean stands in `names`, which factors go together in `groups`, and where they belong in `fitting`.
 """
 
 import math
@@ -20,7 +22,7 @@ from ldm.errors import LDMError, say_on_stderr
 from ldm.io.folders import some
 from ldm.io.headers import Entry
 from ldm.io.misfits import CONTEXT_WIDTHS
-from ldm.io.weights import WeightFiles
+from ldm.io.weights import WeightFiles, all_finite
 from ldm.lora import fitting, peft
 from ldm.lora.algebra import Change
 from ldm.lora.groups import Group, built, measured
@@ -121,7 +123,7 @@ class Lora:
 
     def _read(self, key: str) -> Tensor:
         tensor = self.source.read(key).clone()  # a window on the file breaks with the file
-        if not all(end.isfinite() for end in tensor.aminmax()):
+        if not all_finite(tensor):
             raise LDMError(f"{self.place}: {key!r} holds NaN or infinite numbers: take a sound copy of the file.")
         return tensor
 

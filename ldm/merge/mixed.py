@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.convert.writing import Ours
 from ldm.errors import LDMError
+from ldm.io.weights import all_finite
 from ldm.lora.algebra import Change, summed
 
 
@@ -62,13 +63,17 @@ class Mixed:
         if self.changes.get(key):
             mixed = summed(mixed.to(wide), self.changes[key])
         made = mixed.to(kind)
-        if key not in self.sizes:  # a writer reads several times: to lay the file out, and to write it
-            self.measure(key, a, without, made, wide)
+        self.measure(key, a, without, made, wide)
         return made
+
+    def outline(self, key: str) -> Tensor:
+        """Its shape and type alone, on the meta device."""
+        a = self.a.outline(key)
+        return a.to(self.dtype) if self.dtype and a.is_floating_point() else a
 
     def measure(self, key: str, a: Tensor, without: Tensor, made: Tensor, wide: torch.dtype) -> None:
         """How far from A a tensor is. Raises LDMError for numbers beyond its range."""
-        if made.numel() and not all(end.isfinite() for end in made.aminmax()):
+        if not all_finite(made):
             dtype = str(made.dtype).removeprefix("torch.")
             raise LDMError(
                 f"What is merged would carry {key!r} of {self.a.tensors.place} beyond the range of {dtype}: take "
@@ -94,7 +99,6 @@ class Mixed:
     def sound(self, tensors: Ours, key: str) -> Tensor:
         """A source's tensor. Raises LDMError if a number of it isn't finite."""
         tensor = tensors.read(key)
-        seen = key in self.sizes or not tensor.is_floating_point() or not tensor.numel()
-        if not seen and not all(end.isfinite() for end in tensor.aminmax()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise LDMError(f"{tensors.tensors.place}: {key!r} holds numbers that are not finite: take a sound copy.")
         return tensor

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm import scenes
-from ldm.checkpoints.places import LORA
+from ldm.checkpoints.places import EMBEDDING, LORA
 from ldm.loading import load
 from ldm.metrics.checker import Checker
 from ldm.metrics.evaluation import QUESTIONS, Share, batches, load_checker, tally, verdict
 from ldm.pictures import image_tensor
 from ldm.pipeline import Pipeline
-from ldm.text.embeddings import FILE as EMBEDDING
+from ldm.train.examples import unstyled
 
 FIRST_SEED = 43_000_000  # of the scenes to measure on; the probe's begin at FITTED
 FITTED = 45_000_000
@@ -149,7 +149,7 @@ def evaluate_style(
     checker = load_checker(pipe.folder)
     probe = fit_probe(pipe, checker, {"style": style}, {})
     wanted = chosen(count, FIRST_SEED, "held-out", style=style)
-    captions = [scenes.caption(replace(scene, style="plain"), scene.seed, full=True) for scene in wanted]
+    captions = [unstyled(scene, scene.seed, full=True) for scene in wanted]
     true, plain = true_pictures(wanted), true_pictures([replace(scene, style="plain") for scene in wanted])
     pictures = {"true": true, "rebuilt": rebuilt(pipe, true), "true, plain": plain}
     vae = {style: psnr(pictures["rebuilt"], true), "plain": psnr(rebuilt(pipe, plain), plain)}

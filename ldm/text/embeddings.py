@@ -184,17 +184,27 @@ def add(pipe: "Parts", embedding: Embedding, word: str | None = None) -> Embeddi
     encoder. An offloaded pipeline is to be sent home before (`ldm.memory.send_home`): what is on its device is a copy
     that is forgotten.
     """
-    word = embedding.word if word is None else word
     check_table(pipe, alone=True)
     plain = next((each.plain for each in pipe.embeddings.values()), None) or plain_parts(pipe)
-    check_fit(embedding, plain)
-    check_word(word, embedding, plain, pipe.embeddings)
-    added = replace(embedding, word=word, plain=plain)
-    put(pipe, plain, {**pipe.embeddings, word: added})
-    for line in (described(added), inside_others(word), how_to_write(word, pipe.tokenizer)):
+    added = named(embedding, word, plain, pipe.embeddings)
+    put(pipe, plain, {**pipe.embeddings, added.word: added})
+    for line in (described(added), inside_others(added.word), how_to_write(added.word, pipe.tokenizer)):
         if line:
             say_on_stderr(line)
     return added
+
+
+def named(
+    embedding: Embedding, word: str | None, plain: Mapping[str, Plain], others: Mapping[str, Embedding]
+) -> Embedding:
+    """The word as it can be added to these text encoders beside `others`, called `word` or as its file says.
+
+    Raises LDMError if it can't.
+    """
+    word = embedding.word if word is None else word
+    check_fit(embedding, plain)
+    check_word(word, embedding, plain, others)
+    return replace(embedding, word=word, plain=plain)
 
 
 def remove(pipe: "Parts", word: str) -> None:
@@ -312,24 +322,27 @@ def learnt(
     encoder: TextEncoder, before: Plain, words: Mapping[str, Embedding]
 ) -> tuple[Tokenizer, TextConfig, nn.Parameter]:
     """A text encoder's tokenizer, configuration and table with these words: with none, those of before."""
-    now, first = table_of(encoder).weight, len(before.table)
+    now, usual = table_of(encoder).weight, len(before.table)
     if not words:
         same = (now.dtype, now.device) == (before.table.dtype, before.table.device)
-        kept = before.table if same else nn.Parameter(now.detach()[:first].clone(), now.requires_grad)
+        kept = before.table if same else nn.Parameter(now.detach()[:usual].clone(), now.requires_grad)
         return before.tokenizer, before.config, kept
-    ids = {}
-    for word, added in words.items():
-        ids[word] = range(first, first + added.count)
-        first += added.count
-    rows = torch.cat(
-        [now.detach()[: len(before.table)], *(each.vectors[before.reads].to(now) for each in words.values())]
-    )
+    rows = torch.cat([now.detach()[:usual], *(each.vectors[before.reads].to(now) for each in words.values())])
     rows = rows.pin_memory() if now.is_pinned() else rows  # from where an offloaded model is sent faster
     # Of an old configuration, which says 2, the end of a text is its largest id; and now a word's is larger. There
     # diffusers pools at the word.
     end = before.tokenizer.eos_id if before.config.eos_token_id == 2 else before.config.eos_token_id
     config = replace(before.config, vocab_size=len(rows), eos_token_id=end)
-    return before.tokenizer.with_words(ids), config, nn.Parameter(rows, now.requires_grad)
+    return knowing(before, words), config, nn.Parameter(rows, now.requires_grad)
+
+
+def knowing(before: Plain, words: Mapping[str, Embedding]) -> Tokenizer:
+    """A text encoder's tokenizer with these words: their ids follow those of the table, one word behind the other."""
+    ids, first = {}, len(before.table)
+    for word, added in words.items():
+        ids[word] = range(first, first + added.count)
+        first += added.count
+    return before.tokenizer.with_words(ids) if ids else before.tokenizer
 
 
 def described(added: Embedding) -> str:

@@ -73,9 +73,9 @@ def scenes_with(count: int, held_out: bool, **pins: str | int) -> list[scenes.Sc
     return [scenes.sample(first + i, "held-out" if held_out else "train", **pins) for i in range(count)]
 
 
-def unstyled(scene: scenes.Scene, seed: int) -> str:
-    """A caption that leaves the style unsaid."""
-    return scenes.caption(replace(scene, style="plain"), seed)
+def unstyled(scene: scenes.Scene, seed: int, full: bool = False) -> str:
+    """A caption that leaves the style unsaid; `full`: and nothing else."""
+    return scenes.caption(replace(scene, style="plain"), seed, full=full)
 
 
 def encode(vae: VAE, data: Examples, folder: Path, vae_hash: str, name: str, device: str) -> tuple[Tensor, Tensor]:

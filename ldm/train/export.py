@@ -1,6 +1,5 @@
 """Put what was trained together: a folder in diffusers' format, in half precision, that diffusers itself can load."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from PIL import Image
 
 from ldm import conditions, scenes
-from ldm.checkpoints.places import LORA
+from ldm.checkpoints.places import EMBEDDING, LORA
 from ldm.control import Control
 from ldm.convert.described import DIFFUSERS
 from ldm.errors import LDMError
@@ -17,8 +16,8 @@ from ldm.io.folders import folder_hash, read_fields, read_json, write_json
 from ldm.io.weights import read_tensors, save_weights
 from ldm.loading import load, load_controlnet
 from ldm.models.controlnet import ControlNetConfig
-from ldm.text.embeddings import FILE as EMBEDDING
 from ldm.train.data import tiled
+from ldm.train.examples import unstyled
 from ldm.train.parallel import leads
 from ldm.train.unet import SCHEDULER
 
@@ -223,7 +222,7 @@ def draw_style(base: str, folder: Path, style: str, weights: tuple[float, ...] =
     """
     pipe = load(base)
     shown = [scenes.sample(44_000_000 + k, "held-out", style=style) for k in range(SHOWN)]
-    words = [scenes.caption(replace(scene, style="plain"), scene.seed, full=True) for scene in shown]
+    words = [unstyled(scene, scene.seed, full=True) for scene in shown]
     tiles = []
     for weight in weights:
         with pipe.lora(folder / LORA, weight):

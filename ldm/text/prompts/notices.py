@@ -102,7 +102,7 @@ def hears(tokenizer: Tokenizer, prompt: str, dialect: str, word: str) -> bool:
     """Whether a prompt says the learnt word, at every step."""
     if dialect == "a1111":
         nodes = schedules.parse(prompt)
-        if not all(isinstance(node, str) for node in nodes):
+        if schedules.change(nodes):
             return False
         texts = [in_chunks(tokenizer, a1111.parse("".join(nodes)))]
     else:

@@ -131,6 +131,11 @@ def joined(nodes: Sequence[Node]) -> tuple[Node, ...]:
     return tuple(found)
 
 
+def change(nodes: Sequence[Node]) -> bool:
+    """Whether a prompt has other words at other steps."""
+    return not all(isinstance(node, str) for node in nodes)
+
+
 def write(nodes: Sequence[Node]) -> str:
     """The prompt that was parsed."""
     text = ""
@@ -195,7 +200,7 @@ class Stage(NamedTuple):
 def stages(prompt: str, steps: int) -> list[Stage]:
     """What the prompt is in so many steps: one stage where it is the same all the way."""
     nodes, found = parse(prompt), []
-    if all(isinstance(node, str) for node in nodes):
+    if not change(nodes):
         return [Stage(1, max(steps, 1), prompt)]
     for step in range(1, max(steps, 1) + 1):
         text = text_at(nodes, step, steps)
