@@ -432,6 +432,7 @@ def test_the_same_twice_and_weight_0(three) -> None:
     with pipe.lora(a, 0.5), pipe.lora(a, 0.25) as second:
         assert second.name == "a (2)"
         twice = weights(pipe)
+    assert max((tensor - untouched[key]).abs().max() for key, tensor in twice.items()) > 0.01
     with pipe.lora(a, 0.75):
         assert all((tensor - twice[key]).abs().max() < 1e-6 for key, tensor in weights(pipe).items())
     with pipe.lora(a, 0.5, merge=False), pipe.lora(a, -0.5):

@@ -307,7 +307,10 @@ def test_a_trained_word_is_read_by_ldm_and_by_diffusers_as_the_same_tokens(base,
     pipe = ldm.load(base)
     size = pipe.text_encoder.config.vocab_size
     speaking = inversion.Speaking(pipe.text_encoder, vectors)
-    wanted = speaking.context(pipe.tokenizer.with_words({"<mushroom>": range(size, size + 3)})([text]).ids)
+    ids = pipe.tokenizer.with_words({"<mushroom>": range(size, size + 3)})([text]).ids
+    wanted = speaking.context(ids)
+    without = inversion.Speaking(pipe.text_encoder, torch.zeros_like(vectors)).context(ids)
+    assert (without - wanted).abs().mean() > 0.01  # what is compared below is the word's doing
     near = inversion.beginning(pipe.text_encoder, pipe.tokenizer, recipes["word"].begin, 3)
     assert (vectors - near).abs().min() > 1e-6
     with pipe.embedding(file) as learnt, torch.no_grad():
