@@ -350,6 +350,7 @@ def test_original_cleaning_equals_openai(clip_folders, monkeypatch, with_ftfy):
 
 def test_original_cleaning_of_known_texts(monkeypatch):
     assert clean_original(" A&nbsp;&lt;B&gt;  c ") == "a <b> c"
+    assert clean_original("Tom &amp;amp; JERRY") == "tom & jerry"  # as captions from the web say it
     assert clean_original("ΟΔΟΣ") == "οδος" and clean_transformers("ΟΔΟΣ") == "οδοσ"
     monkeypatch.setitem(sys.modules, "ftfy", None)
     assert clean_original("cafÃ©") == "cafã©"
