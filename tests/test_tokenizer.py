@@ -354,6 +354,7 @@ def test_original_cleaning_of_known_texts(monkeypatch):
     assert clean_original("ΟΔΟΣ") == "οδος" and clean_transformers("ΟΔΟΣ") == "οδοσ"
     monkeypatch.setitem(sys.modules, "ftfy", None)
     assert clean_original("cafÃ©") == "cafã©"
+    assert clean_original("Tom &amp;amp; JERRY") == "tom & jerry"  # ftfy would resolve one of them by itself
     monkeypatch.undo()
     pytest.importorskip("ftfy")
     assert clean_original("cafÃ©") == "café"
