@@ -15,7 +15,8 @@ import hashlib
 import os
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,9 +50,16 @@ def storage(repo: str) -> Path:
 def download(repo: str, commit: str, file: File) -> Path:
     """The file's place in the cache's snapshot, fetched if it isn't there. Raises LDMError; the cache stays whole."""
     place = storage(repo) / "snapshots" / commit / file.name
-    if is_whole(place, file) and (file.sha256 or _is_same(place, file)):
+
+    def is_here() -> bool:
+        return is_whole(place, file) and bool(file.sha256 or _is_same(place, file))
+
+    if is_here():
         return place
-    with explained(repo, file.name):
+    # One program at a time, or it would take away what another has just put there.
+    with explained(repo, file.name), locked(repo, f"{commit}.ldm"):
+        if is_here():
+            return place
         if file.sha256:
             _fetch_blob(repo, commit, file)
             place.unlink(missing_ok=True)  # a link to what was there before
@@ -62,20 +70,27 @@ def download(repo: str, commit: str, file: File) -> Path:
     return place
 
 
+@contextmanager
+def locked(repo: str, name: str) -> Iterator[None]:
+    """Wait until no other program is at it: a lock of that name among huggingface_hub's own."""
+    from huggingface_hub.utils import WeakFileLock
+
+    folder = storage(repo).parent / ".locks" / storage(repo).name
+    folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder / f"{name}.lock"):
+        yield
+
+
 def is_whole(place: Path, file: File) -> bool:
     return place.is_file() and place.stat().st_size == file.size
 
 
 def _fetch_blob(repo: str, commit: str, file: File) -> None:
     """Put a large file's content into the cache, under its hash: hf_hub_download then only links it."""
-    from huggingface_hub.utils import WeakFileLock
-
     blob = storage(repo) / "blobs" / file.sha256
     part = blob.with_name(blob.name + ".ldm-part")
-    lock = storage(repo).parent / ".locks" / storage(repo).name / f"{file.sha256}.lock"  # huggingface_hub's own
-    for folder in (blob.parent, lock.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    with locked(repo, file.sha256):  # by which huggingface_hub downloads it, too
         if is_whole(blob, file):  # another process was faster
             return
         if part.exists() and part.stat().st_size > file.size:
