@@ -671,6 +671,52 @@ def test_two_threads_at_once(server):
     assert len(server.asked("/cdn/")) == 3  # large files, each once
 
 
+def test_what_one_has_put_there_no_other_takes_away(server, monkeypatch):
+    """Both find no file; one has made its link, and hasn't looked at it yet, when the other clears the way for its own.
+
+    The waiting here makes them meet, if they can.
+    """
+    import huggingface_hub
+
+    server.add("org/name", pipeline())
+    link, fetch_blob = huggingface_hub.hf_hub_download, download._fetch_blob
+    both, made, came, failed = threading.Event(), threading.Event(), [], []
+
+    def blob(repo, commit, file):
+        fetch_blob(repo, commit, file)
+        if file.name == PLAIN_UNET:
+            came.append(file)
+            if len(came) == 2:
+                both.set()
+                made.wait(5)
+            else:
+                both.wait(0.5)
+
+    def slow(repo, name, **options):
+        if name == PLAIN_UNET and made.is_set():  # of the second: until then its way is clear, and no link there
+            time.sleep(0.5)
+        place = link(repo, name, **options)
+        if name == PLAIN_UNET:
+            made.set()
+            time.sleep(0.2)
+        return place
+
+    def run():
+        try:
+            fetch("org/name")
+        except Exception as error:
+            failed.append(error)
+
+    monkeypatch.setattr(download, "_fetch_blob", blob)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", slow)
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert came and not failed
+
+
 # ---------------------------------------------------------------------------------------------------- the command
 
 
