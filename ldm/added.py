@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ldm.checkpoints.places import EMBEDDING, LORA, find_file
+from ldm.errors import LDMError
 from ldm.lora import applied
 from ldm.lora.applied import Applied
 from ldm.lora.file import Lora, open_lora
@@ -75,6 +76,8 @@ class Added(Parts):
         opened = embedding
         if not isinstance(embedding, Embedding):
             opened = open_embedding(find_file(embedding, EMBEDDING), allow_pickle)
+        if self.flux and self.text_encoder_2 is not None:
+            raise LDMError("FLUX reads its words from T5, and a learnt word is CLIP's: leave the embedding out.")
         send_home(self)
         return embeddings.add(self, opened, word)
 

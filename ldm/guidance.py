@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.diffusion import Prediction, to_x0_eps
 from ldm.errors import LDMError
 from ldm.models.blocks import Context
+from ldm.models.flux import Flux, FluxResiduals, Prepared
 from ldm.models.unet import Extras, Residuals, UNet
 from ldm.schedules import Level
 
@@ -41,17 +42,22 @@ class Told(NamedTuple):
 
 
 Network = Callable[[Tensor, Level], Output]
-Controller = Callable[[Tensor, Level], Residuals | None]  # what ControlNets add inside the UNet; None: nothing
+# What ControlNets add inside the UNet, or FLUX's transformer; None: nothing.
+Controller = Callable[[Tensor, Level], Residuals | FluxResiduals | None]
 
 
 def conditional(
-    unet: UNet, context: Tensor, extras: Extras = Extras(), controller: Controller = lambda x, level: None
+    unet: UNet | Flux,
+    context: Tensor,
+    extras: Extras = Extras(),
+    controller: Controller = lambda x, level: None,
+    times: Sequence[float] = (),
 ) -> Network:
-    """The UNet reading `context` (B, L, D), of which keys and values are computed here, once.
+    """The UNet, or FLUX's transformer, reading `context` (B, L, D): what doesn't change is computed here, once.
 
-    A `controller` (`ldm.control`) says what ControlNets add inside it.
+    A `controller` (`ldm.control`) says what ControlNets add inside it; `times` are the timesteps of the run.
     """
-    prepared: Context = unet.prepare(context)
+    prepared: Context | Prepared = unet.prepare(context, extras, times)
 
     def network(x: Tensor, level: Level) -> Output:
         read = x.to(unet.dtype)  # guidance and samplers calculate in the dtype of `x`: float32 where the UNet's is half

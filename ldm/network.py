@@ -1,8 +1,10 @@
-"""The UNet told all it is to know: words, sizes, guidance, ControlNets, further channels, tiles. One `Network`.
+"""The network told all it is to know: words, sizes, guidance, ControlNets, further channels, tiles. One `Network`.
 
 Here the closures of `ldm.guidance`, `ldm.control` and `ldm.tiles` are put around each other:
 
     guidance(together or apart(channels joined(tiles(the UNet reading words, with what ControlNets add inside it))))
+
+FLUX's transformer stands in the UNet's place, and nothing around it knows.
 """
 
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from ldm.control import Seen, lead
 from ldm.errors import LDMError
+from ldm.flux import as_told
 from ldm.guidance import (
     Network,
     Output,
@@ -25,6 +28,7 @@ from ldm.guidance import (
     text_and_image,
 )
 from ldm.models.blocks import guidance_embedding
+from ldm.models.flux import Flux
 from ldm.models.unet import Extras, UNet
 from ldm.schedules import Level
 from ldm.sizes import Sizes
@@ -41,6 +45,8 @@ class Beside:
     seen: Sequence[Seen] = ()  # ControlNets, and what they see
     tile: int = 0  # positions of the latent along a side of a tile; 0: no tiles
     overlap: int = 0
+    times: Sequence[float] = ()  # the timesteps of the run, for which FLUX prepares
+    rounded: bool = False  # FLUX is told timesteps as diffusers tells them (compat)
 
     def __post_init__(self):
         if self.tile and self.seen:
@@ -48,12 +54,20 @@ class Beside:
 
 
 def tell(
-    unet: UNet, words: Words, sizes: Sizes | None = None, noise_level: int | None = None, guidance: float = 1.0
+    unet: UNet | Flux,
+    words: Words,
+    sizes: Sizes | None = None,
+    noise_level: int | None = None,
+    guidance: float = 1.0,
+    rounded: bool = False,
 ) -> Told:
     """What this UNet is told in one part of guidance: `words` of B pictures, and whatever else it was made to be told.
 
-    `sizes`: of SDXL. `noise_level`: of an upscaler. `guidance`: the scale itself, of a UNet distilled from guided ones.
+    `sizes`: of SDXL. `noise_level`: of an upscaler. `guidance`: the scale itself, of one distilled from guided ones;
+    `rounded` to the dtype of FLUX's transformer, as diffusers does it.
     """
+    if isinstance(unet, Flux):
+        return tell_flux(unet, words, guidance, rounded)
     config, like, count = unet.config, words.context.to(unet.dtype), len(words.context)
     pooled = ids = labels = scale = None
     if sizes is not None:
@@ -67,13 +81,22 @@ def tell(
     return Told(like, Extras(pooled, ids, labels, scale))
 
 
-def unguided(unet: UNet, cond: Told, beside: Beside = Beside()) -> Network:
+def tell_flux(flux: Flux, words: Words, guidance: float, rounded: bool = False) -> Told:
+    """What FLUX is told: the text's tokens, its one vector, and where it was made for that the scale of guidance."""
+    context, scale = words.context.to(flux.dtype), None
+    if flux.config.guidance_embeds:
+        dtype = flux.dtype if rounded else torch.promote_types(flux.dtype, torch.float32)
+        scale = torch.full((len(context),), guidance, dtype=dtype, device=context.device)
+    return Told(context, Extras(pooled=words.pooled.to(context), guidance=scale))
+
+
+def unguided(unet: UNet | Flux, cond: Told, beside: Beside = Beside()) -> Network:
     """The UNet told `cond`, once a step."""
     return part(unet, [cond], [beside.channels], beside)
 
 
 def guided(
-    unet: UNet, uncond: Told, cond: Told, scale: float, beside: Beside = Beside(), together: bool = True
+    unet: UNet | Flux, uncond: Told, cond: Told, scale: float, beside: Beside = Beside(), together: bool = True
 ) -> Network:
     """Classifier-free guidance by `scale` from `uncond` to `cond`; the two guidances of a model that edits.
 
@@ -88,7 +111,7 @@ def guided(
     else:
         last = len(told) - 1
         pairs = enumerate(zip(told, channels, strict=True))
-        halves = halves_apart(*(part(unet, [each], [more], beside, k == last) for k, (each, more) in pairs))
+        halves = halves_apart(*(part(unet, [each], [more], beside, k == last, cond) for k, (each, more) in pairs))
     if beside.image_guidance is not None:
         return text_and_image(halves, scale, beside.image_guidance)
     return classifier_free(halves, scale)
@@ -110,10 +133,27 @@ def in_turn(networks: Sequence[Network], turns: Sequence[int], first: int) -> Ne
 
 
 def part(
-    unet: UNet, told: Sequence[Told], channels: Sequence[Tensor | None], beside: Beside, last: bool = True
+    unet: UNet | Flux,
+    told: Sequence[Told],
+    channels: Sequence[Tensor | None],
+    beside: Beside,
+    last: bool = True,
+    cond: Told | None = None,
 ) -> Network:
-    """One run of the UNet for one part of guidance, or for several in a batch; `last`: the conditional one is in it."""
-    network = conditional(unet, *Told.join(told), lead(beside.seen, told, last))
+    """One run of the UNet for one part of guidance, or for several in a batch; `last`: the conditional one is in it.
+
+    `cond` is what that one is told, if it isn't the last of those `told` here.
+    """
+    rounded = beside.rounded and isinstance(unet, Flux)
+    times = [as_told(t, unet.dtype) for t in beside.times] if rounded else beside.times
+    network = conditional(unet, *Told.join(told), lead(beside.seen, told, last, cond, times), times)
+    if rounded:
+        network = told_rounded(network, unet.dtype)
     if beside.tile:
         network = tiled(network, beside.tile, beside.overlap)
     return network if beside.channels is None else joined(network, torch.cat(list(channels)))
+
+
+def told_rounded(network: Network, dtype: torch.dtype) -> Network:
+    """The network told timesteps in `dtype`, as diffusers' FLUX is (compat)."""
+    return lambda x, level: network(x, level._replace(t=as_told(level.t, dtype)))

@@ -1,6 +1,7 @@
 """A model taken apart: its tokenizers, networks and schedule, and what they tell of what it is."""
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,9 @@ import torch
 from torch import nn
 
 from ldm import tasks
+from ldm.errors import LDMError
 from ldm.lora.applied import Applied, loras_on
+from ldm.models.flux import PATCH, Flux
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.precision import autocasting
@@ -19,35 +22,48 @@ from ldm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ldm.text.embeddings import Embedding
+    from ldm.text.t5 import T5Encoder
+    from ldm.text.t5_tokenizer import T5Tokenizer
 
 
 class Parts:
     """The parts of a latent diffusion model, each usable alone, and what can be told of them.
 
-    `tokenizer`, `text_encoder`, `unet`, `vae` are the parts, `scheduler` what the schedule is made of.
+    `tokenizer`, `text_encoder`, `vae` are the parts, with a `unet`, or the `transformer` of FLUX in its place;
+    `scheduler` is what the schedule is made of. `backbone` is whichever of the two there is.
 
     low_res, max_noise_level       of an upscaler: the schedule of the noise on its small picture, and the most of it
-    tokenizer_2, text_encoder_2    of SDXL, whose refiner has the second ones alone: they are its first here
+    tokenizer_2, text_encoder_2    of SDXL, whose refiner has the second ones alone: they are its first here; of FLUX T5
     zero_negative                  where no negative prompt is given, zeros take its place (SDXL)
+
+    Raises LDMError for neither or both of the two networks.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         text_encoder: TextEncoder,
-        unet: UNet,
-        vae: VAE,
-        scheduler: ScheduleConfig,
+        unet: UNet | None = None,
+        vae: VAE | None = None,
+        scheduler: ScheduleConfig = ScheduleConfig(),
         defaults: Defaults = Defaults(),
         folder: Path | None = None,
         low_res: ScheduleConfig | None = None,
         max_noise_level: int | None = None,
         *,
-        tokenizer_2: Tokenizer | None = None,
-        text_encoder_2: TextEncoder | None = None,
+        transformer: Flux | None = None,
+        tokenizer_2: "Tokenizer | T5Tokenizer | None" = None,
+        text_encoder_2: "TextEncoder | T5Encoder | None" = None,
         zero_negative: bool = False,
     ):
-        self.tokenizer, self.text_encoder, self.unet, self.vae = tokenizer, text_encoder, unet, vae
+        if vae is None or (unet is None) == (transformer is None):
+            raise LDMError(
+                "A pipeline is made of a VAE and either a unet or, of FLUX, a transformer: pass one of them."
+            )
+        if transformer is not None and defaults.sigmas is None and scheduler.sigmas == "spaced":
+            defaults = replace(defaults, sigmas="even")  # as FLUX's own program spaces them, and diffusers' pipelines
+        self.tokenizer, self.text_encoder, self.vae = tokenizer, text_encoder, vae
+        self.unet, self.transformer = unet, transformer
         self.scheduler, self.defaults, self.folder = scheduler, defaults, folder
         self.low_res, self.max_noise_level = low_res, max_noise_level
         self.tokenizer_2, self.text_encoder_2, self.zero_negative = tokenizer_2, text_encoder_2, zero_negative
@@ -58,8 +74,18 @@ class Parts:
 
     def parts(self) -> dict[str, nn.Module]:
         """The networks, by name, in the order of the road."""
-        names = ("text_encoder", "text_encoder_2", "unet", "vae")
+        names = ("text_encoder", "text_encoder_2", "unet", "transformer", "vae")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def backbone(self) -> UNet | Flux:
+        """The network that is asked at every step: the UNet, or FLUX's transformer."""
+        return self.transformer if self.unet is None else self.unet
+
+    @property
+    def flux(self) -> bool:
+        """Whether it is FLUX: a transformer, that goes in straight lines from noise to picture."""
+        return self.transformer is not None
 
     @property
     def loras(self) -> tuple[Applied, ...]:
@@ -73,12 +99,12 @@ class Parts:
     @property
     def device(self) -> torch.device:
         """What computes."""
-        return self.unet.conv_in.weight.device if self.where is None else self.where
+        return next(self.backbone.parameters()).device if self.where is None else self.where
 
     @property
     def xl(self) -> bool:
         """Whether it is SDXL, or its refiner: the UNet is told a pooled vector and sizes."""
-        return self.unet.config.is_xl
+        return not self.flux and self.unet.config.is_xl
 
     @property
     def told_sizes(self) -> str | None:
@@ -92,31 +118,43 @@ class Parts:
 
     @property
     def distilled(self) -> bool:
-        """Whether the UNet is told the scale of guidance, and needs no second half for it (LCM)."""
-        return self.unet.config.time_cond_proj_dim is not None
+        """Whether the network is told the scale of guidance, and needs no second half for it (LCM, FLUX.1-dev)."""
+        config = self.backbone.config
+        return config.guidance_embeds if self.flux else config.time_cond_proj_dim is not None
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        return self.backbone.dtype
 
     @property
     def task(self) -> str:
-        """What the UNet is made for, by the channels it reads beside the latent (`ldm.tasks`)."""
-        return tasks.task_of(self.unet.config.in_channels, self.vae.config.latent_channels)
+        """What the network is made for, by the channels it reads beside the latent (`ldm.tasks`)."""
+        config = self.backbone.config
+        reads = config.channels_in if self.flux else config.in_channels
+        vae = self.vae.config
+        return tasks.task_of(reads, vae.latent_channels, vae.factor if self.flux else None)
 
     @property
     def default_size(self) -> int:
-        """Pixels along a side of the pictures the model was trained on."""
-        return (self.unet.config.sample_size or 64) * self.vae.config.factor
+        """Pixels along a side of the pictures the model was trained on; a file of FLUX doesn't say it."""
+        side = 128 if self.flux else self.unet.config.sample_size or 64
+        return side * self.vae.config.factor
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The most that `max_sequence_length` can be, of FLUX: T5 was trained with it on 512, CLIP alone knows 77."""
+        if not self.flux:
+            return None
+        return self.tokenizer.max_length if self.text_encoder_2 is None else 512
 
     @property
     def model(self) -> Model:
         """What the settings of a run must fit."""
-        noise_levels = self.unet.config.num_class_embeds or 0
+        noise_levels = 0 if self.flux else self.unet.config.num_class_embeds or 0
         if self.max_noise_level is not None:
             noise_levels = min(noise_levels, self.max_noise_level + 1)
         factor = self.vae.config.factor
         return Model(
             self.scheduler, self.defaults, self.task, factor, self.default_size, noise_levels, self.told_sizes,
-            self.zero_negative,
+            self.zero_negative, PATCH if self.flux else 1, self.distilled, self.most_tokens,
         )  # fmt: skip

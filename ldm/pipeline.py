@@ -147,10 +147,13 @@ class Pipeline(Added):
             schedule = handed_schedule(handed, schedule, settings)
         small = self.vae.config.factor if self.task == "upscale" else 1
         count, size = len(settings.seeds), (settings.width // small, settings.height // small)
-        given = tasks.read_given(image, mask, depth, count, size, self.vae.config.factor)
+        slack = pictures.SLACK * self.model.patch
+        given = tasks.read_given(image, mask, depth, count, size, self.vae.config.factor, slack)
         if handed is not None:
             given = replace(given, x0=handed_latent(handed, schedule, settings))
             noise.restore(handed.noise_state)
+        # FLUX's ControlNets draw noise, too, and in diffusers it is drawn first.
+        seen = self.look(settings, schedule, control, noise) if network is None else []
         start = self.begin(settings, schedule, noise, given, latents)
         sampler = self.sampler(settings)
         if start.known is not None:
@@ -158,7 +161,6 @@ class Pipeline(Added):
         tile = TILE * (self.task == "upscale") if tile is None else tile
         own = network is not None
         if network is None:
-            seen = self.look(settings, schedule, control)
             beside = Beside(start.channels, settings.image_guidance, seen, *self.tiles(tile))
             with self.precision():
                 network = self.network(settings, clip_skip, together, beside, schedule)
@@ -217,7 +219,8 @@ class Pipeline(Added):
         """
         if not isinstance(factor, Real) or not 1 <= factor < math.inf:
             raise LDMError(f"The factor of an enlargement must be a number of 1 or more, not {factor!r}.")
-        return pictures.enlarge(x0, *(round(factor * side) for side in x0.shape[2:]))
+        patch = self.model.patch  # of FLUX sides stay even
+        return pictures.enlarge(x0, *(patch * round(factor * side / patch) for side in x0.shape[2:]))
 
     # ------------------------------------------------------------------------------------------ its stations
 
@@ -226,21 +229,36 @@ class Pipeline(Added):
         return choose_settings(self.model, prompt, **options)
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[str], clip_skip: int = 0, dialect: str = "plain") -> Words:
+    def read(
+        self,
+        prompts: Sequence[str],
+        clip_skip: int = 0,
+        dialect: str = "plain",
+        max_sequence_length: int | None = None,
+    ) -> Words:
         """Sentences -> what the text encoders say of them (`ldm.told.read`)."""
-        return told.read(self, prompts, clip_skip, dialect)
+        return told.read(self, prompts, clip_skip, dialect, max_sequence_length)
 
     def encode(self, prompts: Sequence[str], clip_skip: int = 0, dialect: str = "plain") -> Tensor:
-        """Sentences -> what the UNet reads, (B, 77, D); in a dialect, 77 for each chunk of the longest."""
+        """Sentences -> what the network reads, (B, 77, D); in a dialect, 77 for each chunk of the longest."""
         return self.read(prompts, clip_skip, dialect).context
 
     def schedule(self, steps: int | None = None, **options) -> Schedule:
-        """The table of noise levels of a run: `steps`, sampler, rule, sigmas, timesteps, compat as in `steps`."""
-        return choose_levels(self.scheduler, self.defaults, steps=steps, **options).schedule(self.scheduler)
+        """The table of noise levels of a run: `steps`, sampler, rule, sigmas, timesteps, compat as in `steps`.
+
+        Where it depends on the picture's size, as FLUX.1-dev's does, that of the model's own size.
+        """
+        own = [self.defaults.width or self.default_size, self.defaults.height or self.default_size]
+        levels = choose_levels(self.scheduler, self.defaults, steps=steps, **options)
+        return levels.schedule(self.scheduler, self.patches(*own))
 
     def schedule_of(self, settings: Settings) -> Schedule:
         """The table of noise levels of these settings."""
-        return settings.schedule(self.scheduler)
+        return settings.schedule(self.scheduler, self.patches(settings.width, settings.height))
+
+    def patches(self, width: int, height: int) -> int | None:
+        """The length of the sequence that FLUX makes of a picture of so many pixels; None of a UNet."""
+        return width * height // self.model.multiple**2 if self.flux else None
 
     def noise(self, settings: Settings, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Noise:
         """The pictures' noise: from their seeds, or from the caller's generators."""
@@ -280,9 +298,7 @@ class Pipeline(Added):
                 f"The first level holds {schedule[0].sigma:.2f} of noise, and the run begins from noise alone: what is "
                 "above that level is left out."
             )
-        # In half precision every step would round x once more.
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        like = torch.empty(shape, dtype=dtype, device=self.device)
+        like = self.like(settings)
         rows = settings.rows(schedule)
         check_rows(rows, settings)
         road = tasks.Road(self.vae, schedule, rows.start, noise, latents, like)
@@ -295,14 +311,28 @@ class Pipeline(Added):
         finite(start.x, "the VAE's encoder")
         return start
 
+    def like(self, settings: Settings) -> Tensor:
+        """A tensor of the shape, dtype and device that the loop's latents have; its numbers are any."""
+        shape = (len(settings.seeds), *self.vae.latent_shape(settings.height, settings.width))
+        # In half precision every step would round x once more.
+        return torch.empty(shape, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+
     @torch.no_grad()
-    def look(self, settings: Settings, schedule: Schedule, control: Sequence[Control]) -> list[Seen]:
-        """What ControlNets and adapters see of their pictures, computed once."""
+    def look(
+        self, settings: Settings, schedule: Schedule, control: Sequence[Control], noise: Noise | None = None
+    ) -> list[Seen]:
+        """What ControlNets and adapters see of their pictures, computed once.
+
+        Nets of FLUX see latents, which are drawn with `noise`: left out, with that of the settings' seeds.
+        """
+        noise = self.noise(settings) if noise is None else noise
+        encode = partial(tasks.encode, self.vae, noise, self.like(settings))
         seen = []
         for k, each in enumerate(control):
             place = f" {k + 1} of {len(control)}" if len(control) > 1 else ""
-            each.check_base(self.unet.config, self.vae.config, place)
-            picture = each.pictures(settings.width, settings.height, len(settings.seeds))
+            each.check_base(self.backbone.config, self.vae.config, place)
+            slack = pictures.SLACK * self.model.patch
+            picture = each.pictures(settings.width, settings.height, len(settings.seeds), slack)
             weight = next(each.net.parameters())
             if weight.device.type != self.device.type and not is_offloaded(each.net):
                 raise LDMError(
@@ -310,10 +340,10 @@ class Pipeline(Added):
                     "there (net.to), or name it where the pipeline is offloaded (ldm.memory.offload, others=[net])."
                 )
             with self.precision():
-                features = each.net.condition(picture.to(self.device, weight.dtype))
+                features = each.features(picture.to(self.device), encode)
             # Of strength 0 no step is drawn, but inversion goes all of them.
             first = settings.rows(schedule).start % len(schedule)
-            seen.append(Seen(each, features, each.rows(first, len(schedule))))
+            seen.append(Seen(each, features, each.rows(first, len(schedule)), self.backbone.config))
         return seen
 
     @torch.no_grad()
@@ -349,7 +379,8 @@ class Pipeline(Added):
 
     def tiles(self, pixels: int) -> tuple[int, int]:
         """A tile's size and overlap in positions of the latent, for a tile of so many pixels; 0 is no tiles."""
-        size = whole("tile", pixels, 0) // self.vae.config.factor
+        patch = self.model.patch
+        size = whole("tile", pixels, 0) // self.vae.config.factor // patch * patch
         if pixels and size < 4:
             raise LDMError(f"A tile of {pixels} pixels is too small: {4 * self.vae.config.factor} is the smallest.")
         return size, size // 4

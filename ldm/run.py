@@ -63,13 +63,14 @@ class Run:
         for watcher in self.watchers:
             run = watcher(run)
         steps = sample(run.denoise, run.x, run.schedule, run.sampler, run.noise, after, rows.start, rows.stop)
-        return watched(steps)
+        flux = self.settings.max_sequence_length is not None
+        return watched(steps, "the transformer" if flux else "the UNet")
 
 
-def watched(steps: Iterator[Step]) -> Iterator[Step]:
+def watched(steps: Iterator[Step], what: str = "the UNet") -> Iterator[Step]:
     """The same steps, each seen to be finite."""
     for step in steps:
-        finite(step.x, f"the UNet, in step {step.i + 1}")
+        finite(step.x, f"{what}, in step {step.i + 1}")
         yield step
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 from ldm.errors import LDMError
+from ldm.flux import check_plain, choose_tokens, choose_true_guidance
 from ldm.samplers import SAMPLERS, find_sampler
 from ldm.schedules import Schedule, ScheduleConfig, make_schedule
 from ldm.schedules.config import as_read_for, find_rule
@@ -25,6 +26,7 @@ class Defaults:
     sigmas: str | None = None  # those of the scheduler file
     width: int | None = None  # the UNet's sample_size times the VAE's factor
     height: int | None = None
+    max_sequence_length: int | None = None  # of FLUX: tokens that are read, 256 of schnell
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Settings(Levels):
     denoising_start: float | None = None  # of an ensemble: the share of the road that is behind, and where it ends
     denoising_end: float | None = None
     dialect: str = "plain"  # what the prompts' signs mean (`ldm.text.prompts`)
+    true_guidance: float = 1.0  # of a model that is told its guidance: that away from the negative prompt
+    max_sequence_length: int | None = None  # of FLUX: tokens of a prompt that are read
 
     def road(self, schedule: Schedule) -> tuple[int, int, int]:
         """The first row that is run, how many steps are behind there, and how many steps the road has as a whole.
@@ -89,7 +93,7 @@ class Settings(Levels):
         if self.denoising_start is not None:
             first = rows_before(schedule, self.denoising_start)
         else:
-            first = 0 if self.strength is None else self.steps - run_of(self.steps, self.strength)
+            first = 0 if self.strength is None else self.steps - run_of(self.steps, self.strength, self.rule)
         return range(first, len(schedule) if self.denoising_end is None else rows_before(schedule, self.denoising_end))
 
 
@@ -118,12 +122,17 @@ def rows_before(schedule: Schedule, share: float) -> int:
 STEPS_ARE = ("total", "actual")
 
 
-def run_of(steps: int, strength: float) -> int:
-    """How many of `steps` a run of that strength takes: diffusers cuts, so 0.58 of 50 are 28."""
+def run_of(steps: int, strength: float, rule: str = "ddim") -> int:
+    """How many of `steps` a run of that strength takes: diffusers cuts, so 0.58 of 50 are 28; of flow what is left out.
+
+    There 0.58 of 50 are 29, for it is 21 that the others are cut to.
+    """
+    if rule == "flow":
+        return steps - int(steps - steps * strength)
     return min(int(steps * strength), steps)
 
 
-def choose_steps(steps: int, strength: float, steps_are: str, most: int) -> int:
+def choose_steps(steps: int, strength: float, steps_are: str, most: int, rule: str = "ddim") -> int:
     """The rows of the table of a run of that strength, where `steps` are "total", all rows, or "actual", those run.
 
     Raises LDMError where nothing would be run, though the strength isn't 0, or where the table would be too long.
@@ -139,15 +148,16 @@ def choose_steps(steps: int, strength: float, steps_are: str, most: int) -> int:
         )
     if steps_are == "actual" and strength:
         rows = int(min(steps / strength, most + 1))
-        while rows <= most and run_of(rows, strength) < steps:
+        while rows <= most and run_of(rows, strength, rule) < steps:
             rows += 1
+        rows -= rows <= most and run_of(rows, strength, rule) > steps  # rounding
         if rows > most:
             raise LDMError(
                 f"{steps} steps at strength {strength:g} are the last of {steps / strength:g}, and this schedule has "
                 f"at most {most}: take fewer steps or more strength."
             )
         return rows
-    if strength and not run_of(steps, strength):
+    if strength and not run_of(steps, strength, rule):
         least = math.ceil(1000 / steps) / 1000
         raise LDMError(
             f"Strength {strength:g} of {steps} steps is less than one step: {least:g} is the smallest that works, or "
@@ -208,6 +218,14 @@ class Model:
     most_noise: int = 0  # an upscaler's noise levels are below this
     sizes: str | None = None  # what SDXL is told of them (`ldm.sizes`): "target", or of a refiner "score"
     zero_negative: bool = False  # zeros stand in the place of a negative prompt where none is given (SDXL)
+    patch: int = 1  # positions of a latent along a side of what the network takes as one: FLUX 2
+    distilled: bool = False  # it is told the scale of guidance
+    most_tokens: int | None = None  # that FLUX can read of a prompt; None: no FLUX
+
+    @property
+    def multiple(self) -> int:
+        """Pixels of which a side is a multiple."""
+        return self.factor * self.patch
 
 
 def choose_settings(
@@ -236,13 +254,18 @@ def choose_settings(
     height: int | None = None,
     count: int = 1,
     dialect: str = "plain",
+    true_guidance: float | None = None,
+    max_sequence_length: int | None = None,
 ) -> Settings:
     """Fill in every default, and refuse with a sentence what cannot be drawn.
 
     prompt, negative          `count` pictures for each prompt, of seeds seed, seed + 1, ...; one negative, or one each.
                               None: the empty prompt, or what the model was trained with in its place (SDXL: zeros)
     dialect                   what signs in both mean: "plain" nothing, "a1111" or "compel" (`ldm.text.prompts`)
-    guidance                  1 or less runs the conditional model alone, in which `negative` has no part
+    guidance                  1 or less runs the conditional model alone, in which `negative` has no part; a model that
+                              is told its guidance (LCM, FLUX.1-dev) is told this number
+    true_guidance             of such a model: guidance away from `negative`, above 1, at twice the time
+    max_sequence_length       of FLUX: how many tokens of a prompt are read
     sampler, eta              one of `ldm.samplers.SAMPLERS`, and the share of fresh noise in those that have the choice
     steps, rule, sigmas, timesteps    the noise levels (`ldm.schedules.make_schedule`)
     compat                    do what diffusers does where it departs from a method, and take the rule of the sampler's
@@ -255,6 +278,8 @@ def choose_settings(
     denoising_start, denoising_end    of an ensemble: shares of the road, 0.8 is where a refiner takes over
     """
     d, dialect = model.defaults, check_dialect(dialect)
+    if model.most_tokens is not None:
+        check_plain(dialect)
     prompts = texts("prompt", prompt)
     negatives = texts("negative prompt", negative, none=True)
     negatives = negatives * len(prompts) if isinstance(negative, str | None) else negatives
@@ -273,7 +298,8 @@ def choose_settings(
         raise LDMError("steps_are speaks of the steps run from a given picture: pass one as image, and a strength.")
     if strength is not None:
         config = read_as(levels.sampler, model.scheduler, levels.rule, compat)
-        rows = choose_steps(levels.steps, strength, steps_are, most_steps(replace(config, rule=levels.rule)))
+        most = most_steps(replace(config, rule=levels.rule))
+        rows = choose_steps(levels.steps, strength, steps_are, most, levels.rule)
         if rows != levels.steps:
             levels = choose_levels(model.scheduler, d, steps=rows, **asked)
     own = find_sampler(levels.sampler).eta
@@ -310,6 +336,8 @@ def choose_settings(
         denoising_start=denoising_start,
         denoising_end=denoising_end,
         dialect=dialect,
+        true_guidance=choose_true_guidance(model, true_guidance),
+        max_sequence_length=choose_tokens(model, max_sequence_length),
     )
 
 
@@ -336,9 +364,10 @@ def check_shares(start: float | None, end: float | None, name_of_end: str = "den
 def choose_side(name: str, asked: int | None, default: int | None, model: Model) -> int:
     """The width or height in pixels: what was asked for, or the model's own."""
     pixels = asked if asked is not None else default or model.size
-    if not isinstance(pixels, Integral) or pixels < model.factor or pixels % model.factor:
+    if not isinstance(pixels, Integral) or pixels < model.multiple or pixels % model.multiple:
+        what = "a latent" if model.patch == 1 else "a patch of the transformer"
         raise LDMError(
-            f"{name} must be a multiple of {model.factor}, not {pixels}: a latent stands for {model.factor} pixels."
+            f"{name} must be a multiple of {model.multiple}, not {pixels}: {what} stands for {model.multiple} pixels."
         )
     return pixels
 

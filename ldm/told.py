@@ -1,9 +1,11 @@
-"""What the UNet is told of words: read by the text encoders, in the prompts' dialect, and other ones at other steps."""
+"""What the network is told of words: read by the text encoders, in the prompts' dialect, other ones at other steps."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ldm.errors import LDMError, say_on_stderr
+from ldm.flux import check_plain, choose_tokens
 from ldm.guidance import Network
 from ldm.network import Beside, guided, in_turn, tell, unguided
 from ldm.run import finite
@@ -29,8 +31,16 @@ def readers(pipe: "Parts") -> list[Reader]:
     return first if pipe.text_encoder_2 is None else [*first, Reader(pipe.tokenizer_2, pipe.text_encoder_2)]
 
 
-def read(pipe: "Parts", prompts: Sequence[str], clip_skip: int = 0, dialect: str = "plain") -> Words:
+def read(
+    pipe: "Parts",
+    prompts: Sequence[str],
+    clip_skip: int = 0,
+    dialect: str = "plain",
+    max_sequence_length: int | None = None,
+) -> Words:
     """Sentences -> what the text encoders say of them. Says on stderr what of a plain one is cut off.
+
+    FLUX reads `max_sequence_length` tokens; None: as many as the model's settings say.
 
     Raises LDMError for a prompt that has other words at other steps (`[a:b:0.5]`).
     """
@@ -40,7 +50,8 @@ def read(pipe: "Parts", prompts: Sequence[str], clip_skip: int = 0, dialect: str
                 f"{prompt!r:.80} has other words at other steps, and is read step by step: give what it is at one of "
                 "them (ldm.text.prompts.schedules.stages(prompt, steps)[0].text)."
             )
-    return hear(pipe, prompts, clip_skip, dialect)
+    choose_tokens(pipe.model, max_sequence_length)  # a UNet has no such choice
+    return hear(pipe, prompts, clip_skip, dialect, tokens=max_sequence_length)
 
 
 def hear(
@@ -49,10 +60,15 @@ def hear(
     clip_skip: int = 0,
     dialect: str = "plain",
     say: Callable[[str], None] = say_on_stderr,
+    tokens: int | None = None,
 ) -> Words:
-    """The same of a prompt as it is at one step: what looks like stages there, is none."""
+    """The same of a prompt as it is at one step: what looks like stages there, is none. `tokens`: of FLUX."""
     with pipe.precision():
-        if dialect == "plain":
+        if pipe.flux:
+            check_plain(dialect, clip_skip)
+            tokens = choose_tokens(pipe.model, tokens)
+            words = plain.read_flux(readers(pipe), prompts, pipe.device, tokens, say)
+        elif dialect == "plain":
             words = plain.read(readers(pipe), prompts, pipe.device, clip_skip, pipe.xl)
         else:
             words = read_chunks(readers(pipe), prompts, Asked(dialect, pipe.device, clip_skip, pipe.xl, say))
@@ -65,27 +81,32 @@ def network(
 ) -> Network:
     """The UNet told what to draw, with classifier-free guidance unless its scale is 1 or less.
 
-    A UNet distilled from guided ones (LCM) is told the scale instead. Where the words change on the way, all that they
-    ever are is read here, before the loop.
+    One distilled from guided ones (LCM, FLUX.1-dev) is told the scale, and guided by another, `true_guidance`. Where
+    the words change on the way, all that they ever are is read here, before the loop.
     """
     pulls = settings.guidance > 1 and not pipe.distilled
+    pulls = pulls or settings.true_guidance > 1
     if not pulls and any(settings.negative):
         why = "In a model that is told its guidance" if pipe.distilled else "Without guidance (1 or less)"
-        say_on_stderr(f"{why} the negative prompt does nothing.")
+        how = ", unless true_guidance is above 1" if pipe.distilled else ""
+        say_on_stderr(f"{why} the negative prompt does nothing{how}.")
     negatives = settings.negative if pulls else (None,) * len(settings.negative)
     texts = dict.fromkeys([*settings.prompt, *(text for text in negatives if text is not None)])
-    for line in dict.fromkeys(line for text in texts for line in notices(text, settings.dialect, pipe.tokenizer)):
+    asked = (settings.dialect, pipe.tokenizer, pipe.flux)
+    for line in dict.fromkeys(line for text in texts for line in notices(text, *asked)):
         say_on_stderr(line)
     first, behind, steps = settings.road(schedule)
     found, turns = scripts(settings.prompt, negatives, settings.dialect, behind, steps)
     check_words(pipe, found, settings.dialect)
     check_lengths(pipe, found, settings.dialect)
-    networks, say = [], once()
+    times = [schedule[i].t for i in settings.rows(schedule)]
+    beside = replace(beside, times=times, rounded=settings.compat)
+    networks, say, tokens = [], once(), settings.max_sequence_length
     for script in found:
-        words = hear(pipe, script.prompts, clip_skip, settings.dialect, say)
+        words = hear(pipe, script.prompts, clip_skip, settings.dialect, say, tokens)
         against = None
         if pulls:
-            words, against = read_negative(pipe, script, words, settings.dialect, clip_skip, say)
+            words, against = read_negative(pipe, script, words, settings.dialect, clip_skip, say, tokens)
         networks.append(made(pipe, settings, words, against, together, beside))
     return in_turn(networks, turns, first)
 
@@ -139,11 +160,13 @@ def made(
     pipe: "Parts", settings: Settings, words: Words, against: Words | None, together: bool, beside: Beside
 ) -> Network:
     """The UNet told these words, away from those `against`; None: unguided."""
-    cond = tell(pipe.unet, words, settings.sizes, settings.noise_level, settings.guidance)
+    network, level = pipe.backbone, settings.noise_level
+    cond = tell(network, words, settings.sizes, level, settings.guidance, settings.compat)
     if against is None:
-        return unguided(pipe.unet, cond, beside)
-    uncond = tell(pipe.unet, against, settings.negative_sizes, settings.noise_level)
-    return guided(pipe.unet, uncond, cond, settings.guidance, beside, together)
+        return unguided(network, cond, beside)
+    uncond = tell(network, against, settings.negative_sizes, level, settings.guidance, settings.compat)
+    scale = settings.true_guidance if pipe.distilled else settings.guidance
+    return guided(network, uncond, cond, scale, beside, together)
 
 
 def read_negative(
@@ -153,6 +176,7 @@ def read_negative(
     dialect: str = "plain",
     clip_skip: int = 0,
     say: Callable[[str], None] = say_on_stderr,
+    tokens: int | None = None,
 ) -> tuple[Words, Words]:
     """The prompts' `words` and the negative ones', both of one length; zeros where there is no negative.
 
@@ -161,7 +185,7 @@ def read_negative(
     if all(each is None for each in script.negatives):
         return words, nothing(words)
     skip = 0 if dialect == "plain" else clip_skip
-    found = hear(pipe, [each or "" for each in script.negatives], skip, dialect, say)
+    found = hear(pipe, [each or "" for each in script.negatives], skip, dialect, say, tokens)
     most = max(found.context.shape[1], words.context.shape[1])
     if most > min(found.context.shape[1], words.context.shape[1]):
         empty = hear(pipe, [""], skip, dialect).context

@@ -153,7 +153,7 @@ def test_guidance_in_two_halves_is_guidance_together(models, name, dtype, atol):
 
 def test_prepared_keys_and_values_equal_plain_ones(pipe, monkeypatch):
     expected = pipe(PROMPT, **SMALL).x0
-    monkeypatch.setattr(pipe.unet, "prepare", lambda context: context)
+    monkeypatch.setattr(pipe.unet, "prepare", lambda context, extras, times: context)
     assert torch.equal(pipe(PROMPT, **SMALL).x0, expected) and expected.std() > 0.1
 
 

@@ -381,9 +381,9 @@ def test_a_trace_tells_its_dialect_and_what_is_on(models):
     with pipe.embedding(Embedding("<toy>", {"text_encoder": torch.randn(2, 24)}, Path("toy.pt"), "diffusers")):
         found = trace(pipe, "a (<toy>:1.2)", steps=1, dialect="a1111", **SIZE)
     assert repr(found) == "<Trace: 1 steps of ddim with word <toy>, pictures of 'a (<toy>:1.2)', read as a1111>"
-    assert " · read as a1111 · word <toy> · 32 × 32 pixels" in headline(found.settings, 0, False, found.added)
+    assert " · read as a1111 · word <toy> · 32 × 32 pixels" in headline(found, 0, False)
     again = trace(pipe, "a fish", steps=1, **SIZE)
-    assert again.added == () and "read as" not in repr(again) + headline(again.settings, 0, False)
+    assert again.added == () and "read as" not in repr(again) + headline(again, 0, False)
 
 
 def test_a_learnt_word_that_no_prompt_has_is_said(models, capsys):

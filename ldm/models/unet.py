@@ -169,10 +169,10 @@ class Residuals(NamedTuple):
 class Extras(NamedTuple):
     """What some models are told beside text and timestep; None where a model knows no such thing."""
 
-    pooled: Tensor | None = None  # SDXL: the pooled text (B, P)
+    pooled: Tensor | None = None  # SDXL, FLUX: the pooled text (B, P)
     time_ids: Tensor | None = None  # SDXL: original size, crop, target size (B, 6)
     class_labels: Tensor | None = None  # x4 upscaler: the noise level of the small picture (B,)
-    guidance: Tensor | None = None  # LCM: the embedded guidance scale (B, time_cond_proj_dim)
+    guidance: Tensor | None = None  # LCM: the embedded guidance scale (B, time_cond_proj_dim); FLUX: the scale (B,)
 
     @classmethod
     def join(cls, parts: Sequence["Extras"]) -> "Extras":
@@ -286,10 +286,13 @@ class UNetEncoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.conv_in.weight.dtype
 
-    def prepare(self, context: Tensor) -> dict[Attention, KeysValues]:
+    def prepare(
+        self, context: Tensor, extras: Extras = Extras(), times: Sequence[float] = ()
+    ) -> dict[Attention, KeysValues]:
         """Every cross-attention's keys and values for `context` (B, L, D).
 
-        They don't change between the steps, so a loop computes them once and passes them as `context`.
+        They don't change between the steps, so a loop computes them once and passes them as `context`. Of `extras` and
+        of the `times` at which it will be asked FLUX's transformer prepares more, and so every network is given them.
         """
         return {m: m.keys_values(context) for m in self.modules() if isinstance(m, Attention) and m.is_cross}
 

@@ -14,7 +14,7 @@ from ldm.diffusion import PREDICTIONS
 from ldm.errors import LDMError, nearest
 
 SPACINGS = ("leading", "linspace", "trailing")
-CHOICES = ("spaced", "karras", "exponential", "beta", "ays", "ays-xl")  # ways to choose the levels of noise
+CHOICES = ("spaced", "karras", "exponential", "beta", "ays", "ays-xl", "even")  # ways to choose the levels of noise
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def shifted(config: ScheduleConfig, sigmas: np.ndarray, tokens: int | None) -> n
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
         factor = math.exp(mu) if config.time_shift_type == "exponential" else mu
-        s = factor / (factor + 1 / sigmas - 1)
+        s = factor / (factor + (1 / sigmas - 1))
     if config.shift_terminal is not None and s[-1] < 1:  # stretched, so that the last of them is this one
         s = 1 - (1 - s) * (1 - config.shift_terminal) / (1 - s[-1])
     return s

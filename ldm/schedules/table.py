@@ -162,6 +162,8 @@ def make_schedule(
         return flow_table(config, n, sigmas, timesteps, tokens, compat)
     bars = alpha_bars(config).double().numpy()
     choice = sigmas if sigmas is not None else "spaced" if timesteps is not None else config.sigmas
+    if choice == "even":
+        raise LDMError("The even levels are for flow models: this one has spaced, karras and others.")
     rows = rows_of(config, n, choice, timesteps, bars, compat)
     # "leading" stops short of the noisiest step and calls its first level pure noise; so do rules that aren't scaled.
     scaled = find_rule(config.rule).scaled and config.spacing != "leading"
@@ -323,13 +325,18 @@ def flow_table(
     elif not isinstance(sigmas, str | None):
         s = np.asarray(sigmas, dtype=float)
     else:
-        # diffusers shifts the lower end here and, with all others, once more below: so do its trained models' users.
-        least = 1 / total if config.use_dynamic_shifting else float(shifted(config, np.array([1 / total]), None)[0])
-        s = shifted(config, np.linspace(1, least, n), tokens)
         choice = sigmas if sigmas is not None else config.sigmas
         if choice in AYS:
             raise LDMError(f"The {choice} levels were found for Stable Diffusion: a flow model has no use for them.")
-        s = np.append(s if choice == "spaced" else choose_sigmas(choice, s[0], s[-1], n), 0.0)
+        # diffusers shifts the lower end here and, with all others, once more below: so do its trained models' users.
+        least = 1 / total if config.use_dynamic_shifting else float(shifted(config, np.array([1 / total]), None)[0])
+        if choice == "even":  # as FLUX's own program and diffusers' pipelines for it have them: to an n-th of the noise
+            s = np.linspace(1, 1 / n, n)
+            s = shifted(config, s.astype(np.float32) if compat else s, tokens)  # diffusers' last digit
+            s = np.append(s, s.dtype.type(0))
+        else:
+            s = shifted(config, np.linspace(1, least, n), tokens)
+            s = np.append(s if choice == "spaced" else choose_sigmas(choice, s[0], s[-1], n), 0.0)
     if s[0] > 1 + 1e-9:  # rounding
         raise LDMError(f"A flow model's sigmas lie between 0 and 1: not {s[0]:g}.")
     rows = tuple(Level(i, float(x * total), float(1 - x), float(x)) for i, x in enumerate(np.minimum(s, 1.0)))

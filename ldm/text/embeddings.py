@@ -235,7 +235,7 @@ def check_table(pipe: "Parts", alone: bool = False) -> None:
     `alone`: and where words of another pipeline are on it, which this one can read its own prompts beside.
     """
     for part, name in TOKENIZERS.items():
-        if (encoder := getattr(pipe, part)) is None:
+        if not isinstance(encoder := getattr(pipe, part), TextEncoder):  # None, or T5, which learns no words
             continue
         words, title = vars(table_of(encoder)).get("words", {}), part.replace("_", " ")
         if pipe.embeddings and words is not getattr(pipe, name).words:

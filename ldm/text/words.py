@@ -4,12 +4,13 @@
                              layers, for it was trained on the last but one.)
     SDXL                     the last but one of each encoder, not normed, side by side; and the second's pooled vector
     its refiner              the same of the second encoder alone
+    FLUX                     T5's last layer, of its first tokens, and CLIP's pooled vector; CLIP's own without T5
 
 Shapes: B prompts, L tokens (77), D the encoders' widths together, J the second's joint space.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +19,23 @@ from ldm.errors import say_on_stderr
 from ldm.text.clip import TextEncoder
 from ldm.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from ldm.text.t5 import T5Encoder
+    from ldm.text.t5_tokenizer import T5Tokenizer
+
 
 class Words(NamedTuple):
     """What text encoders say of a batch of prompts."""
 
-    context: Tensor  # (B, L, D), read by cross-attention
-    pooled: Tensor | None = None  # (B, J), of SDXL: the whole prompt as one vector
+    context: Tensor  # (B, L, D), read by attention
+    pooled: Tensor | None = None  # (B, J), of SDXL and FLUX: the whole prompt as one vector
 
 
 class Reader(NamedTuple):
     """A text encoder, and the tokenizer it was trained with: SDXL's two pad in different ways."""
 
-    tokenizer: Tokenizer
-    encoder: TextEncoder
+    tokenizer: "Tokenizer | T5Tokenizer"
+    encoder: "TextEncoder | T5Encoder"
 
 
 def read(
@@ -52,6 +57,35 @@ def read(
     for sentence in said:
         say_on_stderr(sentence)
     return Words(torch.cat([context.to(contexts[-1]) for context in contexts], dim=-1), pooled)
+
+
+def read_flux(
+    readers: Sequence[Reader],
+    prompts: Sequence[str],
+    device: torch.device,
+    length: int,
+    say: Callable[[str], None] = say_on_stderr,
+) -> Words:
+    """What FLUX reads of each prompt: T5's vectors of `length` tokens, padding among them, and CLIP's pooled vector.
+
+    With CLIP alone (a model of one's own) the first `length` of its context: CLIP is causal, so they don't depend on
+    what is left out. Says on stderr what that is.
+    """
+    clip, *more = readers
+    tokens, most = clip.tokenizer(list(prompts)), clip.tokenizer.max_length
+    states = clip.encoder(tokens.ids.to(device))
+    if more:
+        for cut in filter(None, dict.fromkeys(tokens.cut)):
+            say(f"CLIP reads {most} tokens of a prompt, T5 {length}: this part is in T5's words alone: {cut!r}")
+        tokens = more[0].tokenizer(list(prompts), length)
+        context, cuts = more[0].encoder.context(tokens.ids.to(device)), tokens.cut
+    else:
+        context, ids = states.last[:, :length], map(clip.tokenizer.encode, prompts)
+        room = min(length - 1, most - 2)  # the first token is none of the text's, nor the last of 77
+        cuts = [clip.tokenizer.decode(row[room:]) for row in ids]
+    for cut in filter(None, dict.fromkeys(cuts)):
+        say(f"The prompt is longer than {length} tokens (max_sequence_length); this part is not read: {cut!r}")
+    return Words(context, states.pooled)
 
 
 def vectors(

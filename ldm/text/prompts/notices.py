@@ -36,15 +36,19 @@ WORD = re.compile(r"<(?=[^<>\s]*\w)[^<>\s]*>")  # how embeddings are usually cal
 BARE, WEIGHED = "a {} b", {"a1111": "a ({}:1.2) b", "compel": "a ({})1.2 b"}
 
 
-def notices(prompt: str, dialect: str, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Sentences, each a line; `tokenizer` tells whether a plain prompt is too long. Raises LDMError for no text."""
+def notices(prompt: str, dialect: str, tokenizer: Tokenizer, flux: bool = False) -> tuple[str, ...]:
+    """Sentences, each a line; `tokenizer` tells whether a plain prompt is too long. Raises LDMError for no text.
+
+    `flux`: it is read by FLUX, which knows no dialects.
+    """
     ids = tokenizer.encode(prompt)
     found = list(compel.parse(prompt).notices) if dialect == "compel" else []
     signs = ((looks.search(prompt), name) for looks, name in LOOKS[dialect])
     if sign := next(((shortened(mark[0]), name) for mark, name in signs if mark), None):
         mark, name = sign
-        found.append(f"{mark!r} is read as it stands; dialect={name!r} (--dialect {name}) reads it as {name} does.")
-    if dialect == "plain" and len(ids) > tokenizer.max_length - 2:
+        how = "as FLUX reads all signs" if flux else f"dialect={name!r} (--dialect {name}) reads it as {name} does"
+        found.append(f"{mark!r} is read as it stands; {how}.")
+    if dialect == "plain" and not flux and len(ids) > tokenizer.max_length - 2:
         found.append("Longer prompts are read in chunks with dialect='a1111' (--dialect a1111).")
     if dialect == "a1111" and AND.search(prompt):
         found.append("AND is read as a word: for several prompts at once there is ldm.guidance.all_of.")
