@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.errors import LDMError, say_on_stderr
 from ldm.io.pictures import as_mask, as_picture
 
+SLACK = 8  # pixels by which a side may be stretched alone: what a UNet draws has multiples of 8
 MOST_AREA = 4  # times the pixels the model was trained on: what is larger is drawn smaller, unless a size is asked for
 
 
@@ -43,14 +44,16 @@ def complete(
     return tuple(found if asked is None else asked for asked, found in zip((width, height), sides, strict=True))
 
 
-def fit(picture: Image.Image, width: int, height: int, what: str = "The picture") -> Image.Image:
-    """The picture at that size (Lanczos, as in diffusers). Raises LDMError where that would change its proportions."""
+def fit(picture: Image.Image, width: int, height: int, what: str = "The picture", slack: int = SLACK) -> Image.Image:
+    """The picture at that size (Lanczos, as in diffusers). Raises LDMError where that would change its proportions.
+
+    A side that was rounded down to a multiple of `slack` pixels is stretched by as little; more would be seen.
+    """
     w, h = picture.size
     if (w, h) == (width, height):
         return picture
     scale = max(width / w, height / h)
-    # A side that was rounded down to a multiple of 8 is stretched by as little; more would be seen.
-    if abs(w * scale - width) >= 8 * max(scale, 1) or abs(h * scale - height) >= 8 * max(scale, 1):
+    if abs(w * scale - width) >= slack * max(scale, 1) or abs(h * scale - height) >= slack * max(scale, 1):
         raise LDMError(
             f"{what} has {w}x{h} pixels, and {width}x{height} are to be drawn: that would distort it. Crop it, or ask "
             f"for a size of its proportions."

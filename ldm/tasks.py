@@ -1,4 +1,4 @@
-"""What a picture can do for a run: where the loop begins, what the UNet reads beside the latent, what is kept as it is.
+"""What a picture can do for a run: where the loop begins, what the network reads beside the latent, what is kept.
 
 One loop serves all tasks. A task is known by the channels that the UNet reads beyond the latent's own:
 
@@ -7,6 +7,12 @@ One loop serves all tasks. A task is known by the channels that the UNet reads b
     3   upscale: the x4 upscaler, beside the small picture with some noise
     4   edit: InstructPix2Pix, beside the picture to be changed
     5   inpaint: beside a mask and the picture without what it covers
+
+FLUX's transformer reads, with C channels of its latent (16) and factor x factor pixels (8x8) in a position of it:
+
+    0             as above
+    C             control: FLUX.1 Canny and Depth, beside the picture that leads it: edges, or depths
+    C + factor^2  fill: FLUX.1 Fill, beside the picture without what the mask covers, and the mask's own pixels
 
 Noise is drawn in the order in which diffusers draws it, so that the same generators give the same pictures.
 Shapes: B pictures, C channels of the latent, H, W pixels, h, w positions.
@@ -17,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -31,7 +38,10 @@ from ldm.sampling import Denoise, Sampler, Step
 from ldm.schedules import Level, Schedule
 from ldm.settings import Model
 
-TASKS = {0: "text", 1: "depth", 3: "upscale", 4: "edit", 5: "inpaint"}
+TASKS = {0: "text", 1: "depth", 3: "upscale", 4: "edit", 5: "inpaint"}  # of a UNet
+FROM_NOISE = ("upscale", "edit", "control")  # the picture is read beside the latent, and never the run's beginning
+MADE = {"upscale": "A model to upscale pictures", "edit": "A model to edit pictures", "control": "A control model"}
+FILLS = ("inpaint", "fill")  # the mask is read there, and so is the picture without what it covers
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,8 @@ def open_image(image: object, channels: int, task: str = "text") -> list[Image.I
     if image is None:
         return None
     if isinstance(image, Tensor):
-        if task in ("edit", "upscale"):
-            raise LDMError(f"A model to {task} pictures reads the picture itself: pass that as image, not latents.")
+        if task in FROM_NOISE:
+            raise LDMError(f"{MADE[task]} reads the picture itself: pass that as image, not latents.")
         if image.dim() != 4 or image.shape[1] != channels:
             raise LDMError(
                 f"image is a tensor of shape {tuple(image.shape)}: as a tensor it must be latents (B, {channels}, h, "
@@ -97,19 +107,19 @@ def choose_sizes(
     elif image is not None and model.task == "upscale":
         own = (factor * image[0].width, factor * image[0].height)
     elif image is not None or led is not None:
-        own = pictures.choose_size(*(led if image is None else image[0].size), model.size, factor)
+        own = pictures.choose_size(*(led if image is None else image[0].size), model.size, model.multiple)
     else:
         own = None
-    begins = image is not None and model.task not in ("upscale", "edit")
+    begins = image is not None and model.task not in FROM_NOISE
     if midway:
         check_midway(image, mask, strength)
     elif begins and strength is None:
         strength = 1.0 if mask is not None else 0.3 if model.sizes == "score" else 0.8  # a refiner's work is the last
     elif not begins and strength is not None:
         if image is not None:
-            raise LDMError(f"strength has no meaning here: a model to {model.task} pictures begins from noise.")
+            raise LDMError(f"strength has no meaning here: {MADE[model.task].lower()} begins from noise.")
         raise LDMError("strength says how much of a picture is drawn over: pass the picture as image (--image).")
-    width, height = pictures.complete(width, height, own, factor)
+    width, height = pictures.complete(width, height, own, model.multiple)
     return {"width": width, "height": height, "strength": strength}
 
 
@@ -156,9 +166,11 @@ def read_given(
     count: int,
     size: tuple[int, int],
     factor: int,
+    slack: int = pictures.SLACK,
 ) -> Given:
     """Everything given, for `count` pictures, of which the given one is read at `size` (width, height).
 
+    A picture may be out of that proportion by less than `slack` pixels.
     Raises LDMError for another number, size or proportion, and for a mask that is empty.
     """
     latents, shown = (image, []) if isinstance(image, Tensor) else (None, image or [])
@@ -176,8 +188,8 @@ def read_given(
         )
     masks = [] if mask is None else pictures.one_or_each(mask, count, "mask")
     masks = [pictures.read_mask(each, shown[k % len(shown)]) for k, each in enumerate(masks)]
-    originals = [pictures.fit(each, width, height) for each in shown]
-    masks = [pictures.fit(each, width, height, "The mask") for each in masks]
+    originals = [pictures.fit(each, width, height, slack=slack) for each in shown]
+    masks = [pictures.fit(each, width, height, "The mask", slack) for each in masks]
     if any(mask.getextrema()[1] < 128 for mask in masks):
         raise LDMError(f"So little of the mask is white that nothing is left of it at {width}x{height}: take more.")
     depths = [] if depth is None else pictures.one_or_each(depth, count, "depth")
@@ -217,10 +229,8 @@ class Road:
     like: Tensor  # (B, C, h, w) of the shape, dtype and device that the loop's latents have
 
     def encode(self, image: Tensor) -> Tensor:
-        """A sample of the latents of (B or 1, 3, H, W), each picture's with its own noise, as diffusers takes one."""
-        posterior = self.noise(self.like.to(self.vae.dtype))
-        image = image.expand(len(self.like), -1, -1, -1).to(self.like.device)
-        return in_range(self.vae, lambda image: self.vae.encode(image, posterior.to(image)), image).to(self.like)
+        """A sample of the latents of (B or 1, 3, H, W), each picture's with its own noise."""
+        return encode(self.vae, self.noise, self.like, image)
 
     def eps(self) -> Tensor:
         """The first noise, of unit variance: the caller's latents, or drawn."""
@@ -232,6 +242,13 @@ class Road:
     def from_picture(self, x0: Tensor, eps: Tensor) -> Tensor:
         """x0 with the noise of the row that the run begins at; at the last row, of strength 0, as it is."""
         return at_row(self.schedule, self.first, x0, eps)
+
+
+def encode(vae: VAE, noise: Noise, like: Tensor, image: Tensor) -> Tensor:
+    """A sample of the latents of (B or 1, 3, H, W) for the pictures of `like` (B, C, h, w), as diffusers takes one."""
+    posterior = noise(like.to(vae.dtype))
+    image = image.expand(len(like), -1, -1, -1).to(like.device)
+    return in_range(vae, lambda image: vae.encode(image, posterior.to(image)), image).to(like)
 
 
 def at_row(schedule: Schedule, i: int, x0: Tensor, eps: Tensor) -> Tensor:
@@ -246,25 +263,27 @@ def begin(task: str, road: Road, given: Given, strength: float | None, nearest: 
         return begin_inpainting(task, road, given, strength, nearest)
     if given.x0 is not None and strength is None:  # latents on the way
         return Start(given.x0.expand_as(road.like).to(road.like), read_beside(task, road, given))
+    beside = read_beside(task, road, given)  # before the first noise: some draw noise, too
     x0 = None
     if strength is not None:
         x0 = given.x0.expand_as(road.like).to(road.like) if given.x0 is not None else road.encode(given.image)
     eps = road.eps()
     x = road.from_noise(eps) if x0 is None else road.from_picture(x0, eps)
-    return Start(x, read_beside(task, road, given))
+    return Start(x, beside)
 
 
 def read_beside(task: str, road: Road, given: Given) -> Tensor | None:
     """What a UNet for depth or for editing reads behind the latent, (B, C', h, w): the same with a mask and without.
 
     An editor reads the mean of the picture's latents, in the VAE's own scale: so InstructPix2Pix was trained.
+    FLUX's control models read a sample of them, in the scale of all latents.
     """
     if task == "depth":
         return given.depth.expand(len(road.like), -1, -1, -1).to(road.like)
     if task == "edit":
         image = given.image.expand(len(road.like), -1, -1, -1).to(road.like.device)
         return in_range(road.vae, lambda image: road.vae.posterior(image).mean, image).to(road.like)
-    return None
+    return road.encode(given.image) if task == "control" else None
 
 
 def begin_inpainting(task: str, road: Road, given: Given, strength: float | None, nearest: bool) -> Start:
@@ -274,15 +293,20 @@ def begin_inpainting(task: str, road: Road, given: Given, strength: float | None
         .expand(len(road.like), -1, -1, -1)
         .to(road.like)
     )
-    x0 = road.encode(given.image) if task != "inpaint" or strength < 1 else None
+    if task == "fill" and strength == 1 and road.latents is None:
+        road.noise(road.like)  # diffusers encodes the picture, of which nothing is then left
+    x0 = road.encode(given.image) if task not in FILLS or strength < 1 else None
     eps = road.eps()
     x = road.from_noise(eps) if strength in (1, None) else road.from_picture(x0, eps)
-    if task != "inpaint":
+    if task not in FILLS:
         if nearest:  # diffusers encodes the masked picture for models that don't read it, too
             road.noise(road.like)
         return Start(x, read_beside(task, road, given), known=(x0, eps, mask))
     masked = road.encode(given.image * (given.mask < 0.5))
-    return Start(x, torch.cat([mask, masked], dim=1))
+    if task == "inpaint":
+        return Start(x, torch.cat([mask, masked], dim=1))
+    pixels = F.pixel_unshuffle(given.mask, road.vae.config.factor)  # (B, 64, h, w), row by row of each position
+    return Start(x, torch.cat([masked, pixels.expand(len(road.like), -1, -1, -1).to(road.like)], dim=1))
 
 
 def begin_upscaling(road: Road, given: Given, level: Level) -> Start:
@@ -308,9 +332,13 @@ def blended(sampler: Sampler, x0: Tensor, eps: Tensor, mask: Tensor) -> Sampler:
     return step
 
 
-def task_of(in_channels: int, latent_channels: int) -> str | None:
-    """What a UNet is for, by the channels it reads; None if ldm knows no such task."""
-    return TASKS.get(in_channels - latent_channels)
+def task_of(in_channels: int, latent_channels: int, factor: int | None = None) -> str | None:
+    """What a network is for, by the channels it reads; None if ldm knows no such task.
+
+    A UNet, unless a `factor` is given: how many pixels a latent of FLUX stands for along a side.
+    """
+    known = TASKS if factor is None else {0: "text", latent_channels: "control", latent_channels + factor**2: "fill"}
+    return known.get(in_channels - latent_channels)
 
 
 def check_given(task: str, image: bool, mask: bool, depth: bool, options: dict) -> None:
@@ -319,15 +347,18 @@ def check_given(task: str, image: bool, mask: bool, depth: bool, options: dict) 
         "depth": "a picture, whose depth it keeps",
         "upscale": "the small picture",
         "edit": "the picture to change",
+        "control": "the picture that leads it, of edges or of depths",
     }
     if task in needs and not image:
         raise LDMError(f"This model draws from {needs[task]}: pass it as image (--image).")
-    if task == "inpaint" and not (image and mask):
+    if task in FILLS and not (image and mask):
         raise LDMError("This model fills holes in a picture: pass image and mask (--image, --mask).")
     if mask and not image:
         raise LDMError("A mask says what of a picture is drawn anew: pass the picture as image (--image).")
     if mask and task == "upscale":
         raise LDMError("A mask is given, but an upscaler draws every pixel: leave it out.")
+    if mask and task == "control":
+        raise LDMError("A mask is given, but the picture that leads this model has nothing to be kept: leave it out.")
     if depth and task != "depth":
         raise LDMError(
             "This model reads no depth of its own (its UNet has no channel for it): a ControlNet may, through control."
