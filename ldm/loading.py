@@ -11,13 +11,16 @@ from ldm.checkpoints.checkpoint import NETWORKS, Checkpoint, blank_part, check_f
 from ldm.checkpoints.folder import open_folder, read_schedule
 from ldm.checkpoints.places import CONFIG, INDEX, check_here, embedded, find_model
 from ldm.checkpoints.prediction import measure
+from ldm.checkpoints.together import open_together
 from ldm.config import building
+from ldm.control import check_net
 from ldm.diffusion import PREDICTIONS
 from ldm.errors import LDMError, nearest, say_on_stderr
 from ldm.io.folders import find_weights, read_fields
 from ldm.io.weights import WeightFiles, blank, load_weights
-from ldm.models.adapter import Adapter, AdapterConfig, check_levels
-from ldm.models.controlnet import ControlNet, ControlNetConfig, check_base
+from ldm.models.adapter import Adapter, AdapterConfig
+from ldm.models.controlnet import ControlNet, ControlNetConfig
+from ldm.models.flux_controlnet import FluxControlNet, FluxControlNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.pipeline import Pipeline
 from ldm.schedules import ScheduleConfig
@@ -25,6 +28,10 @@ from ldm.settings import Defaults
 
 Dtype = torch.dtype | str
 STEM = "diffusion_pytorch_model"
+NETS = {  # by the class that a folder names; where it names none, it is a ControlNet of a UNet
+    AdapterConfig.class_name: (Adapter, AdapterConfig),
+    FluxControlNetConfig.class_name: (FluxControlNet, FluxControlNetConfig),
+}
 
 
 def load(
@@ -35,6 +42,8 @@ def load(
     clean: str = "transformers",
     prediction_type: str | None = None,
     allow_pickle: bool = False,
+    parts_of: str | Path | None = None,
+    mapped: bool = False,
 ) -> Pipeline:
     """`model`: the name of an embedded model ("scenes"), a folder in diffusers' format, a single file in the original
     layout, or an address on the hub ("org/name"), which is fetched unless it is here.
@@ -43,16 +52,23 @@ def load(
     too. `dtype` is what they are cast to as they are read, one for all or {"vae": "float32", "rest": "float16"};
     `clean` is how prompts are cleaned (`ldm.text.tokenizer`). `prediction_type` ("epsilon", "v_prediction") counts
     instead of what the files say, or where they don't. `allow_pickle` reads pickles (.ckpt, .bin), through an
-    interpreter that runs nothing. Raises LDMError with one sentence for what is no such model, or is damaged.
+    interpreter that runs nothing. `parts_of`: of a FLUX's transformer alone, a file as it is published or a
+    folder, the name of another FLUX.1 whose parts the rest are. `mapped`: weights stay in their files, of which they
+    must have the type, and are read as they are used, by the CPU in place or by `ldm.memory.offload` for a device.
+    Raises LDMError with one sentence for what is no such model, or is damaged.
     """
-    checkpoint = open_checkpoint(find_model(model, INDEX, variant, allow_pickle), variant, clean, allow_pickle)
+    checkpoint = open_checkpoint(
+        find_model(model, INDEX, variant, allow_pickle), variant, clean, allow_pickle, parts_of
+    )
     check_fit(checkpoint)
     if notice := next(iter(checkpoint.tokenizers.values())).notice:
         say_on_stderr(notice)
     dtypes = choose_dtypes(dtype, checkpoint.configs, checkpoint.place)
-    parts = {name: fill(checkpoint, name, dtypes[name], device) for name in checkpoint.configs}
-    checkpoint = decide(checkpoint, parts["unet"], prediction_type)
-    parts["unet"].config = checkpoint.configs["unet"]
+    parts = {name: fill(checkpoint, name, dtypes[name], device, mapped) for name in checkpoint.configs}
+    checkpoint = decide(checkpoint, parts.get("unet"), prediction_type)
+    unet = checkpoint.configs.get("unet")
+    if unet is not None:
+        parts["unet"].config = unet
     parts |= checkpoint.tokenizers
     if "text_encoder" not in parts:  # a refiner
         parts |= {"tokenizer": parts.pop("tokenizer_2"), "text_encoder": parts.pop("text_encoder_2")}
@@ -64,12 +80,17 @@ def load(
         folder=checkpoint.place,
         low_res=checkpoint.low_res,
         max_noise_level=index.get("max_noise_level"),
-        zero_negative=checkpoint.configs["unet"].is_xl and bool(index.get("force_zeros_for_empty_prompt", True)),
+        zero_negative=unet is not None and unet.is_xl and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
 
-def open_checkpoint(place: Path, variant: str | None, clean: str, allow_pickle: bool) -> Checkpoint:
+def open_checkpoint(
+    place: Path, variant: str | None, clean: str, allow_pickle: bool, parts_of: str | Path | None = None
+) -> Checkpoint:
     """The model in a folder or a single file; of its weights nothing is read yet."""
+    if parts_of is not None:
+        home = find_model(parts_of, INDEX, variant, allow_pickle)
+        return open_together(place, home, variant, clean, allow_pickle)
     if place.is_dir():
         return open_folder(place, variant, clean, allow_pickle)
     return single.open_single(place, variant, clean, allow_pickle)
@@ -85,11 +106,13 @@ def find_schedule(model: str | Path, allow_pickle: bool = False) -> tuple[Schedu
     return read_schedule(place) if place.is_dir() else single.find_schedule(place, allow_pickle)
 
 
-def fill(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+def fill(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: str | torch.device, mapped: bool = False
+) -> nn.Module:
     """One network, with its weights."""
     rename = getattr(NETWORKS[name].network, "rename", None)
     weights = checkpoint.weights(name)
-    return load_weights(blank_part(name, checkpoint.configs[name]), weights, dtype, device, rename)
+    return load_weights(blank_part(name, checkpoint.configs[name]), weights, dtype, device, rename, mapped)
 
 
 def decide(checkpoint: Checkpoint, unet: nn.Module, asked: str | None) -> Checkpoint:
@@ -132,7 +155,8 @@ def choose_dtypes(dtype: Dtype | Mapping[str, Dtype], configs: dict, folder: Pat
     rest = asked.get("rest", torch.float32)
     chosen = {name: find_dtype(asked.get(name, rest)) for name in configs}
     # SDXL's VAE overflows in float16, and its file says so; those of SD 1 and 2 say so too, and don't.
-    narrow = configs["unet"].is_xl and configs["vae"].force_upcast and chosen["vae"] == torch.float16
+    unet = configs.get("unet")
+    narrow = unet is not None and unet.is_xl and configs["vae"].force_upcast and chosen["vae"] == torch.float16
     if narrow and "vae" not in asked:
         chosen["vae"] = torch.float32
         say_on_stderr(f"{folder}: the VAE is read in float32, for its file says that float16 is too narrow for it.")
@@ -145,7 +169,7 @@ def load_controlnet(
     dtype: Dtype | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
-) -> ControlNet | Adapter:
+) -> ControlNet | FluxControlNet | Adapter:
     """`model`: as for `load`, of a ControlNet for that pipeline: "scenes-canny", a folder, a file, the hub's.
 
     A T2I-Adapter's folder is read as well. The net gets the pipeline's dtype, or another, and its device. Raises
@@ -155,14 +179,14 @@ def load_controlnet(
     if (place / INDEX).exists():
         raise LDMError(f"{place} is a whole model, not a ControlNet: ldm.load reads it.")
     fields = read_fields(place / CONFIG) if place.is_dir() else {}
-    adapter = fields.get("_class_name") == AdapterConfig.class_name
+    kind, read = NETS.get(str(fields.get("_class_name")), (ControlNet, ControlNetConfig))
     if place.is_dir():
-        config = (AdapterConfig if adapter else ControlNetConfig).from_json(fields)
+        config = read.from_json(fields)
     else:
         config, weights = single.open_part(place, "controlnet", allow_pickle)
-    (check_levels if adapter else check_base)(config, pipe.unet.config, pipe.vae.config, str(place))
+    check_net(config, pipe.backbone.config, pipe.vae.config, str(place))
     with building(config.what), blank():
-        net = (Adapter if adapter else ControlNet)(config)
+        net = kind(config)
     if place.is_dir():
         weights = WeightFiles(find_weights(place, STEM, variant, allow_pickle), allow_pickle)
     return load_weights(net, weights, pipe.dtype if dtype is None else find_dtype(dtype), pipe.device)

@@ -72,7 +72,7 @@ def original(architecture: Architecture, parts=None, seed=0) -> dict[str, torch.
     tensors = {}
     for part, prefix in names.prefixes(configs).items():
         if parts is None or part in parts:
-            state = randomise(names.CLASSES[part](configs[part]), seed).state_dict()
+            state = randomise(names.CLASSES[type(configs[part])](configs[part]), seed).state_dict()
             tensors |= names.to_original(state, names.origins(part, configs[part], prefix))
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
@@ -440,6 +440,8 @@ SPEC = {
 
 def test_published_architectures_are_named_as_modelspec_does():
     for each in architectures.PUBLISHED:
+        if "transformer" in each.parts:
+            continue
         unet = UNetConfig.from_json(each.parts["unet"])
         assert published(unet, each.scheduler["prediction_type"]) == SPEC[each.name], each.name
         assert published(replace(unet, layers_per_block=3), each.scheduler["prediction_type"]) is None

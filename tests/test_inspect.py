@@ -346,7 +346,7 @@ def test_a_pickled_checkpoint(models, tmp_path):
     "shapes, kind",
     [
         ({"lora_controlnet": [1]}, "controlnet-lora"),
-        ({"double_blocks.0.img_attn.qkv.weight": [9, 3]}, "flux"),
+        ({"double_stream_modulation_img.lin.weight": [9, 3]}, "flux2"),
         ({"adapter.body.0.resnets.0.block1.weight": [4, 4, 3, 3]}, "adapter"),
         ({"some.thing": [3]}, "unknown"),
     ],

@@ -123,7 +123,7 @@ def choose(files: dict[str, bytes], *args, **options) -> list[str]:
 
 
 def test_the_parts_are_those_that_a_folder_is_read_for():
-    known = {*folder.PARTS, *folder.SECOND, *folder.OPTIONAL, "feature_extractor"}
+    known = {*folder.PARTS, *folder.SECOND, *folder.FLUX, *folder.OPTIONAL, "feature_extractor"}
     assert {*wanted.PLAIN, *wanted.STEMS} == known and wanted.IDLE == folder.PASSED_OVER
     assert {name: network.stem for name, network in folder.NETWORKS.items()}.items() <= wanted.STEMS.items()
 
@@ -229,9 +229,9 @@ def test_other_kinds_of_repositories():
         choose({"a.safetensors": b"", "b.ckpt": b"", "c/d.safetensors": b"", "e.txt": b""})
     with pytest.raises(LDMError, match="holds no model"):
         choose({"README.md": b""})
-    flux = {"model_index.json": json.dumps({"transformer": ["diffusers", "FluxTransformer2DModel"]}).encode()}
-    with pytest.raises(LDMError, match=r"parts that ldm doesn't know \(transformer\)"):
-        choose(flux)
+    other = {"model_index.json": json.dumps({"transformer": ["diffusers", "SD3Transformer2DModel"]}).encode()}
+    with pytest.raises(LDMError, match=r"a transformer that ldm doesn't know \('SD3Transformer2DModel'\): it is"):
+        choose(other)
     more = pipeline() | {
         "model_index.json": json.dumps(INDEX | {"controlnet": ["diffusers", "ControlNetModel"]}).encode()
     }

@@ -2,7 +2,8 @@
 
 Facts of the config.json files in the folders of Stable Diffusion 1.5 and its inpainting model, InstructPix2Pix, Stable
 Diffusion 2.1, 2.1 base, 2 inpainting, 2 depth, the x4 upscaler, SDXL base 1.0, its refiner, inpainting model and
-InstructPix2Pix, the first ControlNet for edges of SD 1.5 and the one of SDXL.
+InstructPix2Pix, the first ControlNet for edges of SD 1.5 and the one of SDXL; FLUX.1-dev and -schnell, FLUX.1 Fill,
+and FLUX.1 Canny and Depth, which are alike.
 """
 
 from dataclasses import dataclass, field, replace
@@ -114,6 +115,39 @@ VAE_UPSCALER = VAE | {  # a latent stands for four pixels
     "sample_size": 256,
     "scaling_factor": 0.08333,
 }
+T5_XXL = {  # FLUX's second text encoder: the half of T5 1.1 XXL that reads
+    "architectures": ["T5EncoderModel"],
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_heads": 64,
+    "num_layers": 24,
+    "num_decoder_layers": 24,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "feed_forward_proj": "gated-gelu",
+    "layer_norm_epsilon": 1e-6,
+    "vocab_size": 32128,
+}
+FLUX = {
+    "in_channels": 64,  # four positions of the latent's 16 channels
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": False,
+    "axes_dims_rope": [16, 56, 56],
+}
+VAE_FLUX = VAE | {
+    "latent_channels": 16,
+    "sample_size": 1024,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 LED = {"conditioning_embedding_out_channels": [16, 32, 96, 256]}
 
 BETAS = {
@@ -137,6 +171,16 @@ DDIM = {
 } | BETAS
 EULER_ANCESTRAL = {"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon"} | BETAS
 EULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "prediction_type": "epsilon"} | BETAS
+FLOW = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+FLOW_DEV = FLOW | {"shift": 3.0, "use_dynamic_shifting": True}
+FLOW_SCHNELL = FLOW | {"shift": 1.0, "use_dynamic_shifting": False}
 UPSCALER_BETAS = BETAS | {"beta_start": 0.0001, "beta_end": 0.02}
 
 
@@ -159,7 +203,9 @@ class Architecture:
     defaults: dict = field(default_factory=dict)
 
     def with_unet(self, name: str, title: str = "", **fields: object) -> "Architecture":
-        parts = self.parts | {"unet": self.parts["unet"] | fields}
+        """With another UNet, or another transformer."""
+        backbone = "transformer" if "transformer" in self.parts else "unet"
+        parts = self.parts | {backbone: self.parts[backbone] | fields}
         return replace(self, name=name, parts=parts, title=title or self.title)
 
     def led(self, name: str, **fields: object) -> "Architecture":
@@ -199,6 +245,16 @@ REFINER = Architecture(
     {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True},
     title="Stable Diffusion XL refiner",
 )
+FLUX_SCHNELL = Architecture(
+    "flux-schnell",
+    {"text_encoder": CLIP_L, "text_encoder_2": T5_XXL, "transformer": FLUX, "vae": VAE_FLUX},
+    FLOW_SCHNELL,
+    (END, "<pad>"),
+    title="FLUX.1-schnell",
+)
+FLUX_DEV = replace(FLUX_SCHNELL.with_unet("flux-dev", "FLUX.1-dev", guidance_embeds=True), scheduler=FLOW_DEV)
+FLUX_FILL = FLUX_DEV.with_unet("flux-fill", "FLUX.1 Fill", in_channels=384, out_channels=64)
+FLUX_CONTROL = FLUX_DEV.with_unet("flux-canny", "FLUX.1 Canny or Depth", in_channels=128, out_channels=64)
 
 SMALL_TEXT = {"hidden_size": 24, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 3}
 SMALL_UNET = {  # widths and heads differ from level to level, so that a mix-up of levels shows
@@ -246,6 +302,33 @@ TINY_REFINER = small(
     {"projection_dim": 10},
 )
 
+SMALL_T5 = {"d_model": 20, "d_kv": 6, "d_ff": 28, "num_heads": 3, "num_layers": 3, "num_decoder_layers": 3}
+SMALL_FLUX = {
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 20,
+    "pooled_projection_dim": 24,
+    "axes_dims_rope": [4, 6, 6],
+}
+
+
+def small_flux(big: Architecture, name: str) -> Architecture:
+    """The same FLUX, some hundred thousand parameters large; T5's words are most of them."""
+    channels = {key: value for key, value in big.parts["transformer"].items() if key.endswith("_channels")}
+    small = {
+        "text_encoder": big.parts["text_encoder"] | SMALL_TEXT,
+        "text_encoder_2": big.parts["text_encoder_2"] | SMALL_T5,
+        "transformer": big.parts["transformer"] | SMALL_FLUX | channels,
+        "vae": big.parts["vae"] | SMALL_VAE,
+    }
+    return replace(big, name=name, parts=small)
+
+
+TINY_FLUX = small_flux(FLUX_DEV, "tiny-flux")
+
 SD15_EDIT = SD15.with_unet("sd15-edit", "InstructPix2Pix of Stable Diffusion 1", in_channels=8)
 PUBLISHED = (  # in the order in which a file is compared with them: of two of the same shapes, the first
     SD15,
@@ -260,6 +343,10 @@ PUBLISHED = (  # in the order in which a file is compared with them: of two of t
     SDXL.with_unet("sdxl-inpaint", "Stable Diffusion XL for inpainting", in_channels=9),
     SDXL.with_unet("sdxl-edit", "InstructPix2Pix of Stable Diffusion XL", in_channels=8),
     REFINER,
+    FLUX_DEV,
+    FLUX_SCHNELL,
+    FLUX_FILL,
+    FLUX_CONTROL,
 )
 ALL = (
     *PUBLISHED,
@@ -272,6 +359,10 @@ ALL = (
     TINY_SDXL,
     TINY_SDXL.led("tiny-sdxl-controlnet", **SMALL_LED),
     TINY_REFINER,
+    TINY_FLUX,
+    small_flux(FLUX_SCHNELL, "tiny-flux-schnell"),
+    small_flux(FLUX_FILL, "tiny-flux-fill"),
+    small_flux(FLUX_CONTROL, "tiny-flux-canny"),
 )
 ARCHITECTURES = {each.name: each for each in ALL}
 

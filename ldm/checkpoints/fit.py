@@ -6,18 +6,21 @@ from typing import NamedTuple
 
 from ldm.checkpoints import names
 from ldm.checkpoints.architectures import Architecture
+from ldm.checkpoints.checkpoint import SecondText
 from ldm.checkpoints.kinds import beside
 from ldm.models.controlnet import ControlNetConfig
+from ldm.models.flux import FluxConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.text.clip import TextConfig
 
-CONFIGS = {
+CONFIGS = {  # what reads a part's configuration
     "unet": UNetConfig,
+    "transformer": FluxConfig,
     "vae": VAEConfig,
     "controlnet": ControlNetConfig,
     "text_encoder": TextConfig,
-    "text_encoder_2": TextConfig,
+    "text_encoder_2": SecondText,
 }
 Shapes = Mapping[str, names.Shape]  # of the file, by its own names
 
@@ -33,12 +36,15 @@ ORIGINAL, DIFFUSERS, OLD = "original", "diffusers", "diffusers-old"
 CLIP_OLD = names.CLIP_1.removesuffix("text_model.")  # as transformers before version 4 had it
 SIGNS = (  # part, layout, a tensor that this part alone has, and the prefixes below which it may lie
     ("controlnet", ORIGINAL, "zero_convs.0.0.weight", (names.CONTROL, "")),
+    ("transformer", ORIGINAL, "double_blocks.0.img_attn.qkv.weight", (names.UNET, "diffusion_model.", "")),
     ("unet", ORIGINAL, "out.2.weight", (names.UNET, "diffusion_model.", "")),
     ("vae", ORIGINAL, "decoder.mid.block_1.conv1.weight", (names.FIRST_STAGE, "vae.", "")),
-    ("text_encoder", ORIGINAL, "final_layer_norm.weight", (names.CLIP_1, CLIP_OLD, names.CLIP_XL)),
+    ("text_encoder", ORIGINAL, "final_layer_norm.weight", (names.CLIP_1, CLIP_OLD, names.CLIP_XL, names.COMFY_CLIP)),
     ("text_encoder", ORIGINAL, "ln_final.weight", (names.OPENCLIP_2, "")),
     ("text_encoder_2", ORIGINAL, "ln_final.weight", (names.OPENCLIP_XL, names.OPENCLIP_REFINER)),
+    ("text_encoder_2", ORIGINAL, "encoder.final_layer_norm.weight", (names.COMFY_T5,)),
     ("controlnet", DIFFUSERS, "controlnet_mid_block.weight", ("",)),
+    ("transformer", DIFFUSERS, "single_transformer_blocks.0.proj_mlp.weight", ("transformer.", "")),
     ("unet", DIFFUSERS, "up_blocks.0.resnets.0.conv1.weight", ("unet.", "")),
     ("vae", DIFFUSERS, "decoder.mid_block.resnets.0.conv1.weight", ("vae.", "")),
     ("text_encoder", DIFFUSERS, "final_layer_norm.weight", ("text_encoder.text_model.", "text_model.", "")),
@@ -55,7 +61,10 @@ def find_parts(shapes: Shapes) -> dict[str, Place]:
     counts = {prefix: sum(name.startswith(prefix) for name in shapes) for prefix in UNMISTAKABLE}
     found: dict[str, Place] = {}
     for part, layout, sign, prefixes in SIGNS:
-        there = (prefix for prefix in prefixes if prefix + sign in shapes or counts.get(prefix, 0) > FEW)
+        if part == "unet" and "transformer" in found:  # which lies below the same prefix, and has its sign
+            continue
+        remains = {} if part == "transformer" else counts
+        there = (prefix for prefix in prefixes if prefix + sign in shapes or remains.get(prefix, 0) > FEW)
         prefix = next(there, None)
         if prefix is not None and part not in found:
             found[part] = Place(prefix, layout)
@@ -125,7 +134,9 @@ def left_over(
 ) -> tuple[tuple[Group, ...], tuple[str, ...]]:
     """The names that no part claims: in groups that are known, and the unknown ones."""
     last = None
-    if "text_encoder" in parts:  # Stable Diffusion 2's, which is one layer longer than what is read
+    if (
+        "text_encoder" in parts and "transformer" not in parts
+    ):  # Stable Diffusion 2's, which is one layer longer than what is read
         last = f"{parts['text_encoder'].prefix}transformer.resblocks.{configs['text_encoder'].num_hidden_layers}."
     groups: dict[tuple[str, str], list[str]] = {}
     unknown = []
@@ -144,6 +155,8 @@ def rank(architectures: Iterable[Architecture], parts: Mapping[str, Place], shap
     """The architectures that have those parts, the best fit first, equals in their order."""
     fits = []
     for each in architectures:
+        if "transformer" in each.parts and {"unet", "controlnet"} & parts.keys():
+            continue
         known = called(parts, each)
         variants = _variants(each, known, shapes)
         fits += [fit(variant, known, shapes) for variant in variants if known.keys() <= variant.parts.keys()]
@@ -177,6 +190,7 @@ def _variants(architecture: Architecture, parts: Mapping[str, Place], shapes: Sh
         if len(shape) == 2:
             architecture = architecture.with_unet(architecture.name, time_cond_proj_dim=shape[1])
     second = architecture.parts.get("text_encoder_2")
-    if second is None or tuple(parts) != ("text_encoder",):
+    clip = second is not None and isinstance(SecondText.from_json(second), TextConfig)
+    if tuple(parts) != ("text_encoder",) or not clip:
         return [architecture]
     return [architecture, replace(architecture, parts=architecture.parts | {"text_encoder": second})]

@@ -11,7 +11,7 @@ TABLES = (  # of the noise schedule, which is computed from its few numbers
     r"sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|posterior_log_variance_clipped|"
     r"posterior_mean_coef[12]|lvlb_weights|logvar"
 )
-CLIP = r"(cond_stage_model|conditioner\.embedders\.\d+)\.(transformer\.|model\.)?"
+CLIP = r"(cond_stage_model|conditioner\.embedders\.\d+|text_encoders\.clip_l)\.(transformer\.|model\.)?"
 TEXT = rf"{CLIP}(text_model\.)?"
 
 PASSED_OVER = tuple(
@@ -26,6 +26,12 @@ PASSED_OVER = tuple(
         ),
         (rf"low_scale_model\.({TABLES})", "tables of the small picture's noise", "they are computed as well"),
         (r".*\bembeddings\.position_ids", "position numbers", "they are 0, 1, 2 and so on"),
+        (r"text_encoders\.t5xxl\.logit_scale", "a number of T5's", "it has no use there"),
+        (
+            r"text_encoders\.t5xxl\.transformer\.encoder\.embed_tokens\.weight",
+            "T5's words once more",
+            "they are shared",
+        ),
         (rf"({TEXT})?logit_scale", "CLIP's temperature", "only its training reads it"),
         (
             TEXT + r"text_projection(\.weight)?",
@@ -48,17 +54,23 @@ PASSED_OVER = tuple(
 EDM = "its levels of noise are those of EDM, which ldm doesn't implement: take a model of the usual schedule"
 REFUSED = {"edm_mean": EDM, "edm_vpred.sigma_max": EDM}  # marks of models that we don't know to draw with
 
-NO_SUCH = "ldm draws with Stable Diffusion 1, 2 and XL: take a model of these"
+NO_SUCH = "ldm draws with Stable Diffusion 1, 2 and XL and FLUX.1: take a model of these"
 FLOATS = "take float16, bfloat16 or float32 weights"
 NETWORKS = (  # kind, what it is, what to do, and a pattern of keys of which one is enough; whatever else is there
-    ("flux", "a FLUX", NO_SUCH,
-     r"(model\.diffusion_model\.)?double_blocks\.0\.img_attn\..+|(transformer\.)?single_transformer_blocks\.0\..+"),
+    ("flux2", "a FLUX.2", NO_SUCH, r"(model\.diffusion_model\.|transformer\.)?double_stream_modulation_img\..+"),
+    ("chroma", "a Chroma", NO_SUCH, r"(model\.diffusion_model\.|transformer\.)?distilled_guidance_layer\..+"),
+    ("flux-controlnet", "a ControlNet of FLUX",
+     "load_controlnet reads its diffusers folder, which has the configuration beside it",
+     r"controlnet_(x_embedder|blocks\.0|single_blocks\.0)\.(weight|bias)|controlnet_mode_embedder\.weight"),
+    ("flux-ip", "an IP-Adapter of FLUX", "ldm doesn't read these: take FLUX.1 Canny or Depth, or a ControlNet",
+     r"double_blocks\.\d+\.processor\.ip_adapter.+"),
     ("sd3", "a Stable Diffusion 3", NO_SUCH, r"(model\.diffusion_model\.)?joint_blocks\.0\..+"),
     ("cascade", "a Stable Cascade", NO_SUCH, r"clip_txt_mapper\.weight|down_blocks\.1\.0\.channelwise\.0\.weight"),
     ("unclip", "an unCLIP, which draws from a picture's vector", NO_SUCH,
      r"(noise_augmentor|embedder\.model\.visual)\..+"),
     ("video", "a network for video", NO_SUCH,
-     r"(.+\.)?(time_stack|time_mixer|motion_modules|temp_convs|temporal_transformer)\..+"),
+     r"(.+\.)?(time_stack|time_mixer|motion_modules|temp_convs|temporal_transformer)\..+|"
+     r"(model\.(diffusion_model\.)?)?double_blocks\.0\.img_attn_qkv\..+"),
     ("brushnet", "a BrushNet", "ldm doesn't read these: take a model for inpainting",
      r"brushnet_(down_blocks|mid_block|up_blocks)\..+"),
     ("gligen", "a GLIGEN, which is told boxes", NO_SUCH, r".+\.transformer_blocks\.\d+\.fuser\..+"),
@@ -80,7 +92,8 @@ FILES = (  # the same, of files without a UNet or a VAE
      r"(image_proj|ip_adapter)\..+"),
     ("adapter", "a T2I-Adapter", "load_controlnet reads its diffusers folder, which has the configuration beside it",
      r"(adapter\.)?body\.0\.(resnets\.0\.)?block1\.weight"),
-    ("t5", "a T5 text encoder", NO_SUCH, r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight"),
+    ("t5", "a T5 text encoder", "it is a part of FLUX.1: take FLUX's folder, which holds one with its tokenizer",
+     r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight"),
     ("enlarger", "an enlarging network (ESRGAN)", "ldm doesn't read these: take the x4 upscaler",
      r"(model\.1\.sub\.0|body\.0|RRDB_trunk\.0)\.(RDB|rdb)1\..+"),
     ("safety", "a safety checker", "ldm takes no part of it: name a model", r"concept_embeds"),
@@ -101,7 +114,7 @@ def beside(name: str) -> tuple[str, str] | None:
 
 
 def other_kind(keys: Iterable[str], model: bool) -> tuple[str, str, str] | None:
-    """(kind, what it is, what to do) if a key tells that it is none of ours. `model`: a UNet or a VAE is there."""
+    """(kind, what it is, what to do) if a key tells that it is none of ours. `model`: a network that draws is there."""
     for kind, what, advice, pattern in NETWORKS if model else (*NETWORKS, *FILES):
         matches = re.compile(pattern).fullmatch
         if name := next((name for name in keys if matches(name)), None):

@@ -29,6 +29,8 @@ l is a level, i a layer, n the layers of a level on the way down (2; on the way 
         encoder.layers.i                     transformer.resblocks.i
         self_attn.q_proj, k_proj, v_proj     attn.in_proj_weight, in_proj_bias: one tensor, the three under each other
         text_projection.weight               text_projection, transposed: there it multiplies from the right
+    FLUX's transformer, below model.diffusion_model. or nothing: `flux_names`. T5, as transformers names it, that is as
+    we do, below text_encoders.t5xxl.transformer., where a FLUX.1 has all its parts in one file.
 
 Only this direction is written out; reading a file inverts it.
 """
@@ -43,51 +45,64 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ldm.checkpoints import flux_names
 from ldm.io.weights import blank
 from ldm.models.controlnet import ControlNet, ControlNetConfig
+from ldm.models.flux import Flux, FluxConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.text.clip import TextConfig, TextEncoder
+from ldm.text.t5 import T5Config, T5Encoder
 
 if TYPE_CHECKING:
     from ldm.io.headers import Entry
     from ldm.io.weights import Tensors
 
-Config = UNetConfig | VAEConfig | TextConfig | ControlNetConfig
+Config = UNetConfig | FluxConfig | VAEConfig | TextConfig | T5Config | ControlNetConfig
 Shape = tuple[int, ...]
 
-CLASSES = {
-    "unet": UNet,
-    "vae": VAE,
-    "controlnet": ControlNet,
-    "text_encoder": TextEncoder,
-    "text_encoder_2": TextEncoder,
+CLASSES = {  # the network of each configuration
+    UNetConfig: UNet,
+    FluxConfig: Flux,
+    VAEConfig: VAE,
+    ControlNetConfig: ControlNet,
+    TextConfig: TextEncoder,
+    T5Config: T5Encoder,
 }
 UNET, FIRST_STAGE, CONTROL, EMA = "model.diffusion_model.", "first_stage_model.", "control_model.", "model_ema."
 CLIP_1, OPENCLIP_2 = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 CLIP_XL, OPENCLIP_XL = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
 OPENCLIP_REFINER = "conditioner.embedders.0.model."
-THIRDS = ("q", "k", "v")  # in the order in which OpenCLIP keeps them
+COMFY_CLIP, COMFY_T5 = "text_encoders.clip_l.transformer.text_model.", "text_encoders.t5xxl.transformer."
+COMFY_VAE = "vae."  # ComfyUI's, and with it FLUX's in one file with all parts
+SHARES = {  # of one tensor's rows, cut into so many equal pieces, this is from which to which one is ours
+    **{name: (i, i + 1, 3) for i, name in enumerate("qkv")},
+    **{f"{name} of 7": (i, i + 1, 7) for i, name in enumerate("qkv")},
+    "mlp of 7": (3, 7, 7),
+}
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where one tensor of ours lies in an original file.
 
-    `form`: "same"; "conv", our matrix (O, I) as a 1x1 convolution (O, I, 1, 1); "transposed"; or "q", "k", "v", a third
-    of the rows of one tensor.
+    `form`: "same"; "conv", our matrix (O, I) as a 1x1 convolution (O, I, 1, 1); "transposed"; "swapped", with the two
+    halves of its rows exchanged; or one of `SHARES`: "q", "k", "v", a third of the rows of one tensor.
     """
 
     name: str
     form: str = "same"
 
     def stored(self, shape: Shape) -> Shape:
-        """The shape in the file, of a tensor that has `shape` with us; for a third, that of the whole."""
+        """The shape in the file, of a tensor that has `shape` with us; for a share, that of the whole."""
         if self.form == "conv":
             return (*shape, 1, 1)
         if self.form == "transposed":
             return shape[::-1]
-        return (3 * shape[0], *shape[1:]) if self.form in THIRDS else shape
+        if self.form in SHARES:
+            first, last, pieces = SHARES[self.form]
+            return (shape[0] * pieces // (last - first), *shape[1:])
+        return shape
 
     def shape(self, stored: Shape) -> Shape:
         """The shape with us, of a tensor that has `stored` in the file; a shape that cannot be meant is left as it is.
@@ -98,28 +113,39 @@ class Origin:
             return stored[:2] if stored[2:] == (1, 1) else stored
         if self.form == "transposed":
             return stored[::-1]
-        thirds = self.form in THIRDS and stored and stored[0] % 3 == 0
-        return (stored[0] // 3, *stored[1:]) if thirds else stored
+        first, last, pieces = SHARES.get(self.form, (0, 1, 1))
+        cut = stored and stored[0] % pieces == 0
+        return (stored[0] // pieces * (last - first), *stored[1:]) if cut else stored
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Ours out of the file's: a view. Raises ValueError for a shape that cannot be meant."""
+        """Ours out of the file's: a view, but for a "swapped" one. Raises ValueError for what cannot be meant."""
         if self.form == "conv":
             return tensor.reshape(self.shape(tuple(tensor.shape)))
         if self.form == "transposed":
             return tensor.t()
-        if self.form in THIRDS:
-            if tensor.ndim == 0 or len(tensor) % 3:
-                raise ValueError(f"{self.name} of shape {tuple(tensor.shape)} has no thirds")
-            return tensor.chunk(3)[THIRDS.index(self.form)]
+        if self.form == "swapped":
+            return swapped(tensor)
+        if self.form in SHARES:
+            first, last, pieces = SHARES[self.form]
+            if tensor.ndim == 0 or len(tensor) % pieces:
+                raise ValueError(f"{self.name} of shape {tuple(tensor.shape)} can't be cut into {pieces}")
+            one = len(tensor) // pieces
+            return tensor[first * one : last * one]
         return tensor
+
+
+def swapped(tensor: Tensor) -> Tensor:
+    """With the two halves of its rows exchanged."""
+    return torch.cat(tensor.chunk(2)[::-1])
 
 
 def origins(part: str, config: Config, prefix: str, layout: str = "original") -> dict[str, Origin]:
     """Every key of the part's state dict -> where a file keeps it, below `prefix`.
 
-    `part`: "unet", "vae", "text_encoder", "text_encoder_2" or "controlnet". `layout`: "original"; "diffusers", our own
-    names; "diffusers-old", those in which the VAE's attention says query, key, value and proj_attn. An original text
-    tower is CLIP's if the prefix ends in "transformer." (very old files) or "text_model.", OpenCLIP's otherwise.
+    `part`: "unet", "transformer", "vae", "text_encoder", "text_encoder_2" or "controlnet". `layout`: "original";
+    "diffusers", our own names; "diffusers-old", those in which the VAE's attention says query, key, value and
+    proj_attn. An original text tower is T5's if its configuration is, CLIP's if the prefix ends in "transformer." (very
+    old files) or "text_model.", OpenCLIP's otherwise.
     """
     return dict(_origins(part, config, prefix, layout))
 
@@ -129,10 +155,14 @@ def _origins(part: str, config: Config, prefix: str, layout: str) -> dict[str, O
     keys = shapes(part, config)
     if layout == "diffusers-old":
         return {key: Origin(prefix + _old(key)) for key in keys}
-    if layout == "diffusers" or (part.startswith("text_encoder") and prefix.endswith(("transformer.", "text_model."))):
+    if (
+        layout == "diffusers"
+        or isinstance(config, T5Config)
+        or (part.startswith("text_encoder") and prefix.endswith(("transformer.", "text_model.")))
+    ):
         outer = prefix.removesuffix("text_model.")  # the projection is transformers' outer model's
         return {key: Origin((outer if key.startswith("text_projection") else prefix) + key) for key in keys}
-    translate = {"unet": _unet, "controlnet": _unet, "vae": _vae}.get(part, _openclip)
+    translate = {"unet": _unet, "controlnet": _unet, "vae": _vae, "transformer": _flux}.get(part, _openclip)
     found = {key: translate(key, config) for key in keys}
     return {key: replace(origin, name=prefix + origin.name) for key, origin in found.items()}
 
@@ -141,14 +171,16 @@ def _origins(part: str, config: Config, prefix: str, layout: str) -> dict[str, O
 def shapes(part: str, config: Config) -> Mapping[str, Shape]:
     """Every key of the part's state dict -> its shape. Takes up to a second for a full-size network, the first time."""
     with blank():
-        model = CLASSES[part](config)
+        model = CLASSES[type(config)](config)
     return MappingProxyType({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()})
 
 
 def prefixes(configs: Mapping[str, Config]) -> dict[str, str]:
     """Under which prefix the original single file of such a model keeps each part."""
     found = {"unet": UNET, "vae": FIRST_STAGE, "controlnet": CONTROL, "text_encoder": CLIP_1}
-    if "text_encoder_2" in configs:
+    if "transformer" in configs:
+        found |= {"transformer": UNET, "vae": COMFY_VAE, "text_encoder": COMFY_CLIP, "text_encoder_2": COMFY_T5}
+    elif "text_encoder_2" in configs:
         found |= {"text_encoder": CLIP_XL, "text_encoder_2": OPENCLIP_XL}
         if "text_encoder" not in configs:
             found["text_encoder_2"] = OPENCLIP_REFINER
@@ -163,18 +195,20 @@ def averaged(origin: Origin) -> Origin:
 
 
 def to_original(tensors: Mapping[str, Tensor], origins: Mapping[str, Origin]) -> dict[str, Tensor]:
-    """Our tensors under their original names and in their original shapes: views, but for the joined thirds."""
+    """Our tensors under their original names and in their original shapes: views, but for those joined or swapped."""
     found: dict[str, Tensor] = {}
-    thirds: dict[str, dict[str, Tensor]] = {}
+    shares: dict[str, dict[int, Tensor]] = {}
     for key, tensor in tensors.items():
         origin = origins[key]
-        if origin.form in THIRDS:
-            thirds.setdefault(origin.name, {})[origin.form] = tensor
+        if origin.form in SHARES:
+            shares.setdefault(origin.name, {})[SHARES[origin.form][0]] = tensor
+        elif origin.form == "swapped":
+            found[origin.name] = swapped(tensor)
         elif origin.form == "transposed":
             found[origin.name] = tensor.t()
         else:
             found[origin.name] = tensor.reshape(origin.stored(tuple(tensor.shape)))
-    return found | {name: torch.cat([parts[third] for third in THIRDS]) for name, parts in thirds.items()}
+    return found | {name: torch.cat([parts[first] for first in sorted(parts)]) for name, parts in shares.items()}
 
 
 class Renamed:
@@ -311,6 +345,10 @@ def _openclip(key: str, config: TextConfig) -> Origin:
     if third := re.fullmatch(r"self_attn\.([qkv])_proj", module):
         return Origin(f"transformer.resblocks.{layer}.attn.in_proj_{leaf}", third[1])
     return Origin(f"transformer.resblocks.{layer}.{RESBLOCK_NAMES[module]}.{leaf}")
+
+
+def _flux(key: str, config: FluxConfig) -> Origin:
+    return Origin(*flux_names.original(key))
 
 
 def _old(key: str) -> str:

@@ -9,7 +9,9 @@ from ldm.schedules import ScheduleConfig
 
 METADATA = "ldm.config"  # {part: its JSON, "scheduler": ..., "index": ..., ...}
 TABLES = ("scheduler", "low_res_scheduler", "index", "ldm")  # beside the parts; and "pads", the tokenizers' padding
-COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
+COUNTS = (
+    "num_hidden_layers", "layers_per_block", "transformer_layers_per_block", "num_layers", "num_single_layers",
+)  # fmt: skip
 
 
 def own_architecture(text: str, place: object, tensors: int) -> Architecture:

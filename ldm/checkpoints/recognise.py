@@ -1,6 +1,6 @@
 """What a weight file is, told by its keys and shapes: never by its name, which anybody can give.
 
-Three questions, in this order. *Is it something else?* Some keys are found in one kind of file alone: a LoRA's, FLUX's.
+Three questions, in this order. *Is it something else?* Some keys are found in one kind of file alone, as a LoRA's.
 *Which parts lie where?* Each part has a tensor that no other has, below one of a few prefixes. *Of which model are
 they?* The parts are compared, every key and every shape, with each published architecture, or with the configurations
 that the file itself carries (ldm writes them into the metadata): the one without a misfit is it, and the nearest one,
@@ -19,10 +19,22 @@ from ldm.errors import LDMError
 from ldm.io.folders import some
 from ldm.io.headers import Entry
 from ldm.models.controlnet import ControlNetConfig
+from ldm.models.flux import FluxConfig
 from ldm.models.unet import UNetConfig
+from ldm.text.t5 import T5Config
 
-TITLES = {"unet": "UNet", "vae": "VAE", "controlnet": "ControlNet", "text_encoder": "text encoder"}
+TITLES = {
+    "unet": "UNet",
+    "transformer": "transformer",
+    "vae": "VAE",
+    "controlnet": "ControlNet",
+    "text_encoder": "text encoder",
+}
 TITLES |= {"text_encoder_2": "second text encoder"}
+KONTEXT = (
+    "but its metadata call it a FLUX.1 Kontext, which reads another picture's patches, and ldm doesn't: take another"
+)
+FIRST = {"vae": ("encoder.conv_in",) * 2, "transformer": ("img_in", "x_embedder")}  # layer, in either layout
 MARKS = ("v_pred", "ztsnr")  # keys without numbers: it predicts the velocity; its last step has no signal left
 
 
@@ -30,8 +42,9 @@ MARKS = ("v_pred", "ztsnr")  # keys without numbers: it predicts the velocity; i
 class Found:
     """What was recognised.
 
-    `kind`: "pipeline" (a UNet and other parts); one part's name, if it is alone; or something that ldm doesn't read
-    ("lora", "flux", ..., "unknown"), with `advice`. `reason`: what it is, and by what that was seen; follows an "is".
+    `kind`: "pipeline" (a UNet or a transformer, and other parts); one part's name, if it is alone; or something that
+    ldm doesn't read ("lora", "flux2", ..., "unknown"), with `advice`. `reason`: what it is, and by what that was seen;
+    follows an "is".
     `candidates`: the published architectures of these very shapes. There are several where they differ in what shapes
     don't show: in what the network predicts (`predicting`), in a lone VAE's scaling factor (`scaling_factors`).
     `architecture` is the first, `configs` are its configurations of the file's `parts`.
@@ -56,6 +69,11 @@ class Found:
     @property
     def architecture(self) -> Architecture | None:
         return self.candidates[0] if self.candidates else None
+
+    @property
+    def backbone(self) -> str:
+        """The name of the part that predicts, "unet" or "transformer"; "" if the file has neither."""
+        return next((part for part in ("transformer", "unet") if part in self.parts), "")
 
     @property
     def scaling_factors(self) -> tuple[float, ...]:
@@ -104,12 +122,16 @@ class Found:
     def check_pipeline(self, place: object) -> None:
         """`check`, and raise LDMError if a part of a whole model is lacking."""
         self.check(place)
-        if "unet" not in self.parts or self.lacks:
+        if not self.backbone or self.lacks:
             lacking = self.lacks or ("unet",)
+            advice = (
+                "take a checkpoint with all parts, or put this one into a model's folder, converted by `ldm convert`"
+            )
+            if self.backbone == "transformer":
+                advice = "take these from another FLUX.1: parts_of=FOLDER (--parts-of FOLDER)"
             raise LDMError(
                 f"{place} is {self.reason}, and no whole model: it lacks the "
-                f"{' and the '.join(TITLES[part] for part in lacking)}; take a checkpoint with all parts, or put this "
-                "one into a model's folder, converted by `ldm convert`."
+                f"{' and the '.join(TITLES[part] for part in lacking)}; {advice}."
             )
 
 
@@ -120,10 +142,11 @@ def recognise(entries: Mapping[str, Entry], place: object, metadata: Mapping[str
     """
     shapes = {name: entry.shape for name, entry in entries.items()}
     parts = find_parts(shapes)
-    if other := other_kind(shapes, "unet" in parts or "vae" in parts):
+    if other := other_kind(shapes, bool({"unet", "transformer", "vae"} & parts.keys())):
         return Found(*other)
     if not parts:
-        return Found("unknown", _nothing(shapes), "name a model, a ControlNet or a VAE of Stable Diffusion 1, 2 or XL")
+        advice = "name a model, a ControlNet or a VAE of Stable Diffusion 1, 2 or XL, or of FLUX.1"
+        return Found("unknown", _nothing(shapes), advice)
     own = METADATA in (metadata or {})
     if own:
         known = (own_architecture(metadata[METADATA], place, len(entries)),)
@@ -132,14 +155,19 @@ def recognise(entries: Mapping[str, Entry], place: object, metadata: Mapping[str
             what = f"{place} holds a {TITLES[strange[0]]}"
             raise LDMError(f"{what}, of which the configuration in its metadata says nothing: take a sound copy.")
     fits = rank(known if own else PUBLISHED, parts, shapes)
+    if not fits:  # parts that no model has together
+        return Found("unknown", _unheard_of(parts, shapes), "name a file of one model")
     best = fits[0]
     if not own and 4 * best.misfits > len(best.claimed):
         return Found("unknown", _unheard_of(parts, shapes), "take its diffusers folder, which has the configuration")
     parts = best.parts
     marks = [name for name in (*MARKS, *REFUSED) if name in shapes]
     refused = next((REFUSED[name] for name in marks if name in REFUSED), "")
+    if "transformer" in parts and is_kontext(metadata or {}):
+        refused = KONTEXT
+    draws = bool({"unet", "transformer"} & parts.keys())
     return Found(
-        kind="pipeline" if "unet" in parts and len(parts) > 1 else " and ".join(parts),
+        kind="pipeline" if draws and len(parts) > 1 else " and ".join(parts),
         reason=_reason(best, parts, own),
         candidates=_alike(best, fits, parts),
         parts=parts,
@@ -149,16 +177,22 @@ def recognise(entries: Mapping[str, Entry], place: object, metadata: Mapping[str
         missing=best.missing,
         wrong=best.wrong,
         unknown=best.unknown,
-        lacks=tuple(part for part in best.architecture.parts if part not in parts) if "unet" in parts else (),
+        lacks=tuple(part for part in best.architecture.parts if part not in parts) if draws else (),
         own=own,
         refused=refused or quantised(entries[name] for name in entries if name in best.claimed),
     )
 
 
+def is_kontext(metadata: Mapping[str, str]) -> bool:
+    """Whether the metadata say that it is FLUX.1 Kontext, whose tensors have the names and shapes of FLUX.1-dev's."""
+    said = (metadata.get(f"modelspec.{name}", "") for name in ("architecture", "title"))
+    return any("kontext" in each.lower() for each in said)
+
+
 def _alike(best: Fit, fits: list[Fit], parts: Mapping[str, Place]) -> tuple[Architecture, ...]:
     """Those that fit as well, and differ from the best in something else than what the file shows."""
     equal = [each.architecture for each in fits if each.misfits == best.misfits and each.wrong == best.wrong]
-    if "unet" in parts or "controlnet" in parts:
+    if {"unet", "transformer", "controlnet"} & parts.keys():
         return tuple(equal)
     one_each: dict[str, Architecture] = {}  # of lone parts, which many models share, one for each configuration
     for each in equal:
@@ -172,21 +206,24 @@ def _alike(best: Fit, fits: list[Fit], parts: Mapping[str, Place]) -> tuple[Arch
 def _reason(best: Fit, parts: Mapping[str, Place], own: bool) -> str:
     """What it is, by what that was seen: "a Stable Diffusion XL base: its UNet reads a context of ..."."""
     title, configs = best.architecture.title, best.configs
-    if "unet" in parts and len(parts) > 1:
+    draws = "unet" in parts or "transformer" in parts
+    if draws and len(parts) > 1:
         what = f"{_article(title)} with a ControlNet" if "controlnet" in parts else _article(title)
     else:
         what = " and ".join(f"a {TITLES[part]}" for part in parts)
-        if "unet" in parts or "controlnet" in parts:
+        if draws or "controlnet" in parts:
             what += f" of {title if not own else 'a ' + title}"
     if best.misfits:
         what = f"most like {what}"
     seen = []
     for part, config in configs.items():
-        if part in ("unet", "controlnet"):
+        if part in ("unet", "transformer", "controlnet"):
             seen.append(f"{f'its {TITLES[part]}' if len(parts) > 1 else 'it'} reads {_of_network(config)}")
-        elif part == "vae" and "unet" not in parts:
+        elif part == "vae" and not draws:
             seen.append(f"its latents have {config.latent_channels} channels, at {config.factor} pixels each")
-        elif "unet" not in parts:
+        elif isinstance(config, T5Config):
+            seen.extend([f"its {config.num_layers} layers are {config.d_model} wide"] * (not draws))
+        elif not draws:
             seen.append(f"its {config.num_hidden_layers} layers are {config.hidden_size} wide")
     return f"{what}{', as its metadata say' if own else ''}: {'; '.join(seen)}"
 
@@ -195,7 +232,9 @@ def _article(title: str) -> str:
     return f"{'an' if title[0] in 'AEIOU' else 'a'} {title}"
 
 
-def _of_network(config: UNetConfig | ControlNetConfig) -> str:
+def _of_network(config: UNetConfig | FluxConfig | ControlNetConfig) -> str:
+    if isinstance(config, FluxConfig):
+        return of_transformer(config)
     words = [f"{config.in_channels} channels", f"a context of {config.cross_attention_dim} numbers"]
     if config.is_xl:
         words.append(f"{config.projection_class_embeddings_input_dim} numbers of pooled vector and sizes")
@@ -206,13 +245,21 @@ def _of_network(config: UNetConfig | ControlNetConfig) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+def of_transformer(config: FluxConfig) -> str:
+    """What a FLUX reads, in words."""
+    words = [f"{config.in_channels} numbers of a patch", f"a context of {config.joint_attention_dim}"]
+    words += [f"a pooled vector of {config.pooled_projection_dim}"] + ["the guidance scale"] * config.guidance_embeds
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
 def _unheard_of(parts: Mapping[str, Place], shapes: Shapes) -> str:
     """What was seen of parts that fit no published model."""
     seen = []
     for part, (prefix, layout) in parts.items():
-        first = {"vae": "encoder.conv_in"}.get(part, "input_blocks.0.0" if layout == "original" else "conv_in")
-        first = f"{prefix}{first}.weight"
-        shape = f" whose first convolution is {shapes[first]}" if first in shapes else ""
+        original, ours = FIRST.get(part, ("input_blocks.0.0", "conv_in"))
+        first = f"{prefix}{original if layout == 'original' else ours}.weight"
+        layer = "layer" if part == "transformer" else "convolution"
+        shape = f" whose first {layer} is {shapes[first]}" if first in shapes else ""
         seen.append(f"a {TITLES[part]}{shape}")
     return f"of no architecture that ldm knows: its {len(shapes)} tensors make {' and '.join(seen)}"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints import vocabulary
-from ldm.checkpoints.checkpoint import NETWORKS, Checkpoint, family_defaults
+from ldm.checkpoints.checkpoint import NETWORKS, Checkpoint, backbone_of, family_defaults
 from ldm.checkpoints.names import Renamed
 from ldm.checkpoints.recognise import Found, recognise
 from ldm.config import from_json
@@ -52,6 +52,7 @@ def open_single(
         name = part.replace("text_encoder", "tokenizer")
         tokenizers[name] = vocabulary.tokenizer(file, pad, configs[part], say, name, clean)
     low_res, zero_snr = chosen.low_res_scheduler, "ztsnr" in found.marks
+    others = schedulers if "unet" in found.parts else {}
 
     def weights(name: str) -> Tensors:
         return Renamed(files, found.origins(name, ema=averaged and name == "unet"))
@@ -69,7 +70,7 @@ def open_single(
         usual=usual(found),
         otherwise={
             said: (read_scheduler(each.scheduler, zero_snr), each.parts["unet"].get("sample_size"))
-            for said, each in schedulers.items()
+            for said, each in others.items()
         },
     )
     return checkpoint if prediction is None else checkpoint.predicting(prediction)
@@ -79,7 +80,7 @@ def find_schedule(file: Path, allow_pickle: bool = False, say: Say = say_on_stde
     """What the model in a file is drawn by; neither its weights nor a tokenizer are asked for."""
     files, found = look(file, allow_pickle)
     found.check(file)
-    if "unet" not in found.parts:
+    if not found.backbone or ("transformer" in found.parts and not found.architecture.scheduler):
         raise LDMError(f"{file} is {found.reason}: no schedule is known of it; name a model that draws.")
     prediction, doubt = said_of_prediction(found, files)
     chosen = found.architecture if prediction is None else found.predicting(prediction)
@@ -93,7 +94,7 @@ def find_schedule(file: Path, allow_pickle: bool = False, say: Say = say_on_stde
 def defaults_of(found: Found, file: Path) -> Defaults:
     """Steps and guidance: what the file's metadata say, else those of the family."""
     own = found.architecture.defaults
-    return from_json(Defaults, own, {}, f"{file} (ldm)") if own else family_defaults(found.configs["unet"])
+    return from_json(Defaults, own, {}, f"{file} (ldm)") if own else family_defaults(backbone_of(found.configs))
 
 
 def open_part(
@@ -109,7 +110,7 @@ def open_part(
         raise LDMError(f"{file} is {found.reason}: there is no {part} in it; name a file that has one.")
     tell(file, found, False, say)
     config = found.configs[part]
-    if part == "vae" and "unet" in found.parts:
+    if part == "vae" and found.backbone:
         config = VAEConfig.from_json(found.architecture.parts["vae"])
     elif part == "vae" and like is not None and like.scaling_factor in found.scaling_factors:
         config = replace(config, scaling_factor=like.scaling_factor, shift_factor=like.shift_factor)
@@ -148,6 +149,8 @@ def tell(file: Path, found: Found, averaged: bool, say: Say) -> None:
 
 def said_of_prediction(found: Found, files: WeightFiles) -> tuple[str | None, str | None]:
     """The prediction type that something in the file says, or None and why nothing does."""
+    if "transformer" in found.parts:
+        return "flow", None
     if found.own:
         return found.architecture.scheduler.get("prediction_type", "epsilon"), None
     if "v_pred" in found.marks:

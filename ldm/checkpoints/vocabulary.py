@@ -15,12 +15,14 @@ families share. It lies at the first of these places:
 
 The variable comes second: it says where CLIP's vocabulary is on this machine, which is asked only of models without a
 tokenizer of their own. All that is found there is compared, whole, with what OpenAI published.
+
+T5's, which FLUX reads beside CLIP's, is looked for in the same folders, as tokenizer_2, and then in the hub's cache.
 """
 
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -28,6 +30,8 @@ from ldm import hub
 from ldm.errors import LDMError, say_on_stderr
 from ldm.io.folders import cannot_read, read_fields
 from ldm.text.clip import TextConfig
+from ldm.text.t5 import T5Config
+from ldm.text.t5_tokenizer import JSON, SPIECE, T5Tokenizer
 from ldm.text.tokenizer import Tokenizer, byte_vocabulary
 from ldm.text.tokenizer_files import (
     BOS,
@@ -55,11 +59,11 @@ Say = Callable[[str], None]
 def tokenizer(
     file: str | Path,
     pad: str,
-    text: TextConfig,
+    text: TextConfig | T5Config,
     say: Say = say_on_stderr,
     name: str = "tokenizer",
     clean: str = "transformers",
-) -> Tokenizer:
+) -> Tokenizer | T5Tokenizer:
     """The tokenizer of a single file; `pad` is its family's padding token, `text` the encoder that reads the tokens.
 
     `name` is "tokenizer_2" for SDXL's second and its refiner's, `clean` how prompts are cleaned. `say` is told what was
@@ -68,6 +72,8 @@ def tokenizer(
     """
     file = Path(file)
     named = [file.with_name(f"{file.stem}.{name}"), file.with_name(file.stem) / name]
+    if isinstance(text, T5Config):
+        return t5_tokenizer(file, named, text, say)
     for folder in (*named, file.with_name(name)):
         if folder.is_dir():
             own = read_own(folder, text, clean)
@@ -84,13 +90,33 @@ def tokenizer(
     return clip_tokenizer(merges, pad, min(CLIP_LENGTH, text.max_position_embeddings), clean)
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write the folder that `Tokenizer.from_folder` and transformers' CLIPTokenizer read as this tokenizer."""
+def save_tokenizer(tokenizer: Tokenizer | T5Tokenizer, folder: str | Path) -> None:
+    """Write the folder that `Tokenizer.from_folder` and transformers' CLIPTokenizer read as this tokenizer, or T5's."""
+    if isinstance(tokenizer, T5Tokenizer):
+        return tokenizer.write(folder)
     names = {id: token for token, id in tokenizer.ids.items()}
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id, "pad": tokenizer.pad_id}
     special = {name: names[id] for name, id in ids.items()}
     merges = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
     write_tokenizer(folder, tokenizer.vocab, merges, special, tokenizer.added, tokenizer.max_length)
+
+
+def t5_tokenizer(file: Path, named: Sequence[Path], text: T5Config, say: Say) -> T5Tokenizer:
+    """T5's, from the folders that bear the file's name, one beside it, or a FLUX's in the hub's cache."""
+    folders = [*named, file.with_name("tokenizer_2"), *(each.parent for each in cached(("tokenizer_2",), SPIECE))]
+    for folder in folders:
+        if not any((folder / name).is_file() for name in (JSON, SPIECE)):
+            continue
+        own = T5Tokenizer.from_folder(folder)
+        if (ids := 1 + max(own.ids.values())) > text.vocab_size:
+            raise LDMError(f"The tokenizer {folder} writes {ids} kinds of tokens, and T5 reads {text.vocab_size}.")
+        if folder not in named:
+            say(f"{file} holds no tokenizer of T5; taking {folder}.")
+        return own
+    raise LDMError(
+        f"{file} holds no tokenizer of T5, and none is on this machine: put the folder tokenizer_2 of a FLUX.1 beside "
+        f"it, as {named[0].name}."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- a model's own
@@ -204,12 +230,12 @@ def inside(place: Path) -> Iterator[Path]:
     yield from (place / name for name in names if os.path.isfile(place / name))
 
 
-def cached() -> Iterator[Path]:
-    """Tokenizers of models in the hub's cache, whoever put them there."""
+def cached(folders: Sequence[str] = ("tokenizer", "tokenizer_2", "."), file: str = "vocab.json") -> Iterator[Path]:
+    """Files of tokenizers of models in the hub's cache, whoever put them there."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     cache = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")))
-    for folder in ("tokenizer", "tokenizer_2", "."):
-        yield from sorted(cache.glob(f"models--*/snapshots/*/{folder}/vocab.json"))
+    for folder in folders:
+        yield from sorted(cache.glob(f"models--*/snapshots/*/{folder}/{file}"))
 
 
 def packaged() -> Iterator[Path]:

@@ -10,7 +10,7 @@ from ldm.errors import bytes_in_words, say_on_stderr
 if TYPE_CHECKING:
     from ldm.convert.writing import Tick, Written
 
-PARTS = ("controlnet", "vae", "unet")  # of `ldm.convert`, which would bring torch along
+PARTS = ("controlnet", "vae", "unet", "transformer")  # of `ldm.convert`, which would bring torch along
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 HELP = """Write a model as a folder in diffusers' format, or as a single file in the original layout.
@@ -21,6 +21,7 @@ HELP = """Write a model as a folder in diffusers' format, or as a single file in
   ldm convert old.ckpt my-model --allow-pickle --variant ema     the averaged weights of a pickle
   ldm convert control_sd15_canny.pth canny --allow-pickle        a ControlNet
   ldm convert my-model vae.safetensors --part vae                one network of a model
+  ldm convert flux1-dev.safetensors dev --parts-of flux-schnell  FLUX's transformer, with another FLUX.1's other parts
 
 SOURCE is whatever `ldm generate` reads as a model, a ControlNet or a VAE: the name of an embedded model, a folder, a
 file, or an address on the hub. TARGET is a file if it ends in .safetensors, and a folder otherwise. Every number keeps
@@ -50,6 +51,10 @@ def add(commands: "argparse._SubParsersAction") -> None:
         "--scaling-factor", type=real(1e-6, 1e6), metavar="X", help="of a VAE alone, where its file doesn't say it: "
         "that in the vae/config.json of its model (SDXL's is 0.13025)",
     )  # fmt: skip
+    p.add_argument(
+        "--parts-of", metavar="FLUX", help="of a transformer of FLUX alone: the FLUX.1 whose other parts it is put "
+        "beside, a folder, or an address on the hub",
+    )  # fmt: skip
     p.add_argument("--allow-pickle", action="store_true", help="read .ckpt, .pt and .bin, running nothing of them")
     p.add_argument("--overwrite", action="store_true", help="replace a file or a model of that name")
 
@@ -75,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             scaling_factor=args.scaling_factor,
             begin=begin,
+            parts_of=args.parts_of,
         )
     for folder in written.beside:
         say_on_stderr(f"{folder}: the tokenizer, which has no place in the file; keep the two together.")

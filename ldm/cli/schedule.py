@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.schedules import Schedule
-    from ldm.settings import Levels
+    from ldm.settings import Defaults, Levels
 
 HELP = """Print the levels of noise that a run visits: timestep, alpha, sigma and sigma/alpha, row by row.
 
@@ -40,7 +40,8 @@ def add(commands: "argparse._SubParsersAction") -> None:
         "--tokens",
         type=whole(1),
         metavar="N",
-        help="length of the network's sequence, where flow's levels depend on it",
+        help="patches of a picture, where flow's levels depend on it (default: of the model's own size; FLUX's are of "
+        "16 x 16 pixels)",
     )
 
 
@@ -50,14 +51,21 @@ def run(args: argparse.Namespace) -> None:
 
     config, defaults = find_schedule(args.model, args.allow_pickle)
     levels = choose_levels(config, defaults, **said(args, LEVELS))
-    schedule = levels.schedule(config, args.tokens)
-    title = headline(levels)
+    tokens = args.tokens or patches(defaults) if config.use_dynamic_shifting else args.tokens
+    schedule = levels.schedule(config, tokens)
+    title = headline(levels) + (f", {tokens} patches" if config.use_dynamic_shifting else "")
     if args.plot is None:
         print(title, schedule.table(), *lands(schedule), sep="\n")
     else:
         prepare_plot(Path(args.plot))
         save_png(picture(plot(schedule, title)), args.plot, {"plot": title})
         print(args.plot)
+
+
+def patches(defaults: "Defaults") -> int:
+    """How many patches of 16 x 16 pixels a picture of the model's own size has: FLUX's is of 1024 x 1024."""
+    width, height = defaults.width or 1024, defaults.height or 1024
+    return width // 16 * (height // 16)
 
 
 def headline(levels: "Levels") -> str:

@@ -23,10 +23,11 @@ from ldm.io.folders import find_weights, read_fields
 from ldm.io.weights import Tensors, WeightFiles
 from ldm.loading import decide, fill, find_dtype, open_checkpoint
 from ldm.models.controlnet import ControlNetConfig
+from ldm.models.flux import FluxConfig
 from ldm.models.unet import UNetConfig
 from ldm.models.vae import VAEConfig
 
-CONFIGS = {"controlnet": ControlNetConfig, "vae": VAEConfig, "unet": UNetConfig}
+CONFIGS = {"controlnet": ControlNetConfig, "vae": VAEConfig, "unet": UNetConfig, "transformer": FluxConfig}
 PARTS = tuple(CONFIGS)  # what may be converted without the rest
 
 
@@ -50,11 +51,13 @@ def convert(
     overwrite: bool = False,
     scaling_factor: float | None = None,
     begin: Begin = lambda bytes: lambda done: None,
+    parts_of: str | Path | None = None,
 ) -> Written:
     """Write `source` as `target`: a single file if that ends in .safetensors, else a folder that diffusers reads.
 
-    `source`: whatever `ldm.load`, `ldm.load_controlnet` or `ldm.load_vae` reads; `variant`, `prediction_type` and
-    `allow_pickle` are as there. `part` takes one network ("vae", "unet", "controlnet") out of a whole model. `dtype`:
+    `source`: whatever `ldm.load`, `ldm.load_controlnet` or `ldm.load_vae` reads, or a transformer of FLUX alone;
+    `variant`, `prediction_type`, `allow_pickle` and `parts_of` are as there. `part` takes one network ("vae", "unet",
+    "transformer", "controlnet") out of a whole model. `dtype`:
     the type of all numbers, by default that which they have. `scaling_factor`: of a VAE alone, counts instead of what
     its files say, or where they don't. `begin` is told the bytes of all numbers before the first is written, and
     returns what is told those of each tensor. Raises LDMError for a source that is not sound, and for a target that
@@ -62,7 +65,7 @@ def convert(
     """
     check_target(target, overwrite)
     kind = None if dtype is None else find_dtype(dtype)
-    opened = open_source(source, variant, prediction_type, part, allow_pickle, scaling_factor)
+    opened = open_source(source, variant, prediction_type, part, allow_pickle, scaling_factor, parts_of)
     check_apart(opened.place, target)
     return write(opened, target, kind, overwrite, begin)
 
@@ -74,16 +77,18 @@ def open_source(
     part: str | None = None,
     allow_pickle: bool = False,
     scaling_factor: float | None = None,
+    parts_of: str | Path | None = None,
 ) -> Source:
     """What is to be written; its numbers are read when it is. For the arguments see `convert`."""
     if part is not None and part not in PARTS:
         raise LDMError(f"There is no part {part!r} to convert: {', '.join(PARTS)}.{nearest(part, PARTS)}")
     mark = CONFIG if str(source) in embedded(CONFIG) else INDEX
     place, title = find_model(source, mark, variant, allow_pickle), title_of(source)
-    alone = (in_folder if place.is_dir() else in_file)(place, part, variant, allow_pickle)
+    whole = parts_of is not None  # a transformer that the other parts are put beside
+    alone = None if whole else (in_folder if place.is_dir() else in_file)(place, part, variant, allow_pickle)
     model = None
     if alone is None:
-        model = open_checkpoint(place, variant, "transformers", allow_pickle)
+        model = open_checkpoint(place, variant, "transformers", allow_pickle, parts_of)
         check_fit(model)
         alone = None if part is None else out_of(model, part)
     if alone is not None:
@@ -94,11 +99,11 @@ def open_source(
     if scaling_factor is not None:
         raise LDMError(f"{place} is a whole model, whose scaling factor is known: leave the scaling factor out.")
     weights = {name: Ours(name, config, model.weights(name)) for name, config in model.configs.items()}
-    model = predicted(model, weights["unet"], prediction_type)
+    model = predicted(model, weights.get("unet"), prediction_type)
     return Source(place, title, model.configs, weights, model)
 
 
-def predicted(model: Checkpoint, weights: Ours, asked: str | None) -> Checkpoint:
+def predicted(model: Checkpoint, weights: Ours | None, asked: str | None) -> Checkpoint:
     """The model with the prediction type that was asked for, that its files say, or that its UNet shows: then that is
     held in memory, whole, until it has answered."""
     if asked is not None or model.doubt is None:
@@ -157,14 +162,14 @@ def in_file(place: Path, part: str | None, variant: str | None, allow_pickle: bo
     averaged = name == "unet" and single.wants_average(place, found, variant, say_on_stderr)
     single.tell(place, found, averaged, say_on_stderr)
     config, tensors = config_of(found, files, name), Renamed(files, found.origins(name, averaged))
-    if name == "vae" and "unet" not in found.parts:
+    if name == "vae" and not found.backbone:
         return Alone(name, config, tensors, found.scaling_factors)
     return alone_as(name, config, tensors)
 
 
 def config_of(found: Found, files: WeightFiles, name: str) -> Any:
     """A part's configuration: of several models with the same shapes, that of the one which predicts what is said."""
-    if "unet" not in found.parts or name == "controlnet":
+    if not found.backbone or name == "controlnet":
         return found.configs[name]
     said, _ = single.said_of_prediction(found, files)
     chosen = found.architecture if said is None else found.predicting(said)

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints.architectures import PUBLISHED
-from ldm.checkpoints.checkpoint import Checkpoint, family_defaults
-from ldm.checkpoints.folder import OPTIONAL, PARTS, PASSED_OVER, SECOND
+from ldm.checkpoints.checkpoint import Checkpoint, family_defaults, task_of_parts
+from ldm.checkpoints.folder import FLUX, OPTIONAL, PARTS, PASSED_OVER, SECOND
 from ldm.io.folders import PICKLES
+from ldm.models.flux import FluxConfig
 from ldm.models.unet import UNetConfig
 from ldm.schedules.config import CLASSES, SOLVERS, ScheduleConfig
 from ldm.settings import Defaults
-from ldm.tasks import task_of
+from ldm.text.t5_tokenizer import T5Tokenizer
 from ldm.text.tokenizer import Tokenizer
 
 DIFFUSERS = "0.42.1"  # the version whose format this is
+FLUXES = {"text": "FluxPipeline", "control": "FluxControlPipeline", "fill": "FluxFillPipeline"}  # by task, too
 PIPELINES = {  # (task, whether it is SDXL) -> diffusers' class
     ("text", False): "StableDiffusionPipeline",
     ("inpaint", False): "StableDiffusionInpaintPipeline",
@@ -37,8 +39,10 @@ ABSENT = {  # what a class may have, and these models don't
     "StableDiffusionUpscalePipeline": ("feature_extractor", "safety_checker", "watermarker"),
     "StableDiffusionXLInstructPix2PixPipeline": (),
     REFINER: ("feature_extractor", "image_encoder", "text_encoder", "tokenizer"),
+    "FluxControlPipeline": (),
+    "FluxFillPipeline": (),
 }
-ABSENT_XL = ("feature_extractor", "image_encoder")  # of SDXL's others
+ABSENT_XL = ("feature_extractor", "image_encoder")  # of SDXL's others, and of FLUX
 ABSENT_SD = ("feature_extractor", "image_encoder", "safety_checker")  # of all others
 
 # ModelSpec's names of the published architectures, and one that it lacks and others use.
@@ -49,6 +53,8 @@ SPEC_NAMES = {
     "sd21-base": "stable-diffusion-v2-512",
     "sdxl": "stable-diffusion-xl-v1-base",
     "sdxl-refiner": "stable-diffusion-xl-v1-refiner",
+    "flux-dev": "Flux.1-dev",
+    "flux-schnell": "Flux.1-schnell",
 }
 SPEC_WORDS = {"epsilon": "epsilon", "v_prediction": "v"}
 
@@ -60,14 +66,18 @@ def model_index(model: Checkpoint, beside: Mapping[str, list] = {}) -> dict[str,
     """`model_index.json`: diffusers' class, remarks, and each part's library and class. `beside`: more parts."""
     name = pipeline_class(model)
     remarks = remarks_of(model)
-    absent = ABSENT.get(name, ABSENT_XL if model.configs["unet"].is_xl else ABSENT_SD)
+    unet = model.configs.get("unet")
+    absent = ABSENT.get(name, ABSENT_XL if unet is None or unet.is_xl else ABSENT_SD)
     if absent is ABSENT_SD:  # without it, the class would complain that it has no checker
         remarks["requires_safety_checker"] = False
     parts: dict[str, list] = {part: [None, None] for part in absent}
     parts["scheduler"] = ["diffusers", scheduler_fields(model.scheduler)["_class_name"]]
     if model.low_res is not None:
         parts["low_res_scheduler"] = ["diffusers", scheduler_fields(model.low_res)["_class_name"]]
-    parts |= {part: ["transformers", "CLIPTokenizer"] for part in model.tokenizers}
+    for part, tokenizer in model.tokenizers.items():
+        parts[part] = ["transformers", "T5TokenizerFast" if isinstance(tokenizer, T5Tokenizer) else "CLIPTokenizer"]
+    if unet is None and "text_encoder_2" not in model.configs:
+        parts |= {"text_encoder_2": [None, None], "tokenizer_2": [None, None]}
     for part, config in model.configs.items():
         said = config.to_json()
         text = part.startswith("text_encoder")
@@ -82,8 +92,9 @@ def pipeline_class(model: Checkpoint) -> str:
     said = model.index.get("_class_name")
     if isinstance(said, str) and said.isidentifier():
         return said
-    unet = model.configs["unet"]
-    task = task_of(unet.in_channels, model.configs["vae"].latent_channels) or "text"
+    unet, task = model.configs.get("unet"), task_of_parts(model.configs) or "text"
+    if unet is None:
+        return FLUXES[task]
     if unet.is_xl and task == "text" and "text_encoder" not in model.configs:
         return REFINER
     if unet.time_cond_proj_dim is not None and task == "text" and not unet.is_xl:
@@ -96,7 +107,7 @@ def remarks_of(model: Checkpoint) -> dict[str, Any]:
 
     Numbers and words alone: a stranger's file could otherwise name a class to diffusers, which would import it.
     """
-    parts = {*PARTS, *SECOND, *OPTIONAL, *PASSED_OVER}
+    parts = {*PARTS, *SECOND, *FLUX, *OPTIONAL, *PASSED_OVER}
     said = {name: said for name, said in model.index.items() if name not in parts and not name.startswith("_")}
     return {name: value for name, value in said.items() if isinstance(value, bool | int | float | str | None)}
 
@@ -110,11 +121,13 @@ def scheduler_fields(config: ScheduleConfig) -> dict[str, Any]:
     elif not name:
         name, more = solver_fields(config)
     # Where the file is silent, some classes have other values than the rest; so these are always written.
-    always = {"num_train_timesteps", "prediction_type"}
+    always = {"num_train_timesteps"}
     if config.rule != "flow":
-        always |= {"beta_start", "beta_end", "beta_schedule", "steps_offset"}
+        always |= {"beta_start", "beta_end", "beta_schedule", "steps_offset", "prediction_type"}
     usual = {f.name: f.default for f in fields(ScheduleConfig)}
     said = {key: value for key, value in asdict(config).items() if key in always or value != usual[key]}
+    if config.rule == "flow":  # whose classes know no other
+        said = {key: value for key, value in said.items() if (key, value) != ("prediction_type", "flow")}
     said = {key: value for key, value in said.items() if key not in ("rule", "sampler")}
     return {"_class_name": name, "_diffusers_version": DIFFUSERS} | dict(sorted((said | more).items()))
 
@@ -133,7 +146,7 @@ def solver_fields(config: ScheduleConfig) -> tuple[str, dict[str, Any]]:
 
 def own_defaults(model: Checkpoint) -> dict[str, Any]:
     """`ldm.json`: what the model is best drawn with; {} where that is what its family is drawn with anyway."""
-    if model.defaults == family_defaults(model.configs["unet"]):
+    if model.defaults == family_defaults(model.backbone):
         return {}
     usual = asdict(Defaults(steps=0, guidance=0.0))  # these two are always said
     return {name: value for name, value in asdict(model.defaults).items() if value != usual[name]}
@@ -167,23 +180,28 @@ def metadata(configs: Mapping[str, Any], model: Checkpoint | None, title: str) -
 
 def described(model: Checkpoint) -> dict[str, str]:
     """What ModelSpec has names for: the architecture, if it is a published one; prediction type; size of pictures."""
-    unet, vae = model.configs["unet"], model.configs["vae"]
+    unet, vae = model.backbone, model.configs["vae"]
     said: dict[str, str] = {}
     if (name := published(unet, model.scheduler.prediction_type)) is not None:
         said |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": name}
     if model.scheduler.prediction_type in SPEC_WORDS:
         said["modelspec.prediction_type"] = SPEC_WORDS[model.scheduler.prediction_type]
-    if unet.sample_size:
-        side = unet.sample_size * vae.factor
+    side = getattr(unet, "sample_size", None)  # which FLUX's configuration doesn't say
+    if side:
+        side *= vae.factor
         said["modelspec.resolution"] = f"{side}x{side}"
     return said
 
 
-def published(unet: UNetConfig, prediction: str) -> str | None:
-    """ModelSpec's name of the published architecture that has this UNet and predicts that, if there is one."""
+def published(unet: UNetConfig | FluxConfig, prediction: str) -> str | None:
+    """ModelSpec's name of the published architecture that has this network and predicts that, if there is one."""
+    if isinstance(unet, FluxConfig):
+        mine = (each for each in PUBLISHED if each.name in SPEC_NAMES and "transformer" in each.parts)
+        known = (each.name for each in mine if FluxConfig.from_json(each.parts["transformer"]) == unet)
+        return SPEC_NAMES.get(next(known, ""))
     idle = ("sample_size", "upcast_attention")  # of no shape
     mine = {name: value for name, value in asdict(unet).items() if name not in idle}
-    for each in PUBLISHED:
+    for each in (each for each in PUBLISHED if "unet" in each.parts):
         theirs = asdict(UNetConfig.from_json(each.parts["unet"]))
         predicted = each.scheduler["prediction_type"]
         # Stable Diffusion 2 is published in two; of all others, fine-tuned ones may predict the other thing.
@@ -193,7 +211,7 @@ def published(unet: UNetConfig, prediction: str) -> str | None:
     return None
 
 
-def padding(tokenizer: Tokenizer) -> str:
+def padding(tokenizer: Tokenizer | T5Tokenizer) -> str:
     """The token that a tokenizer pads with."""
     return next(token for token, id in tokenizer.ids.items() if id == tokenizer.pad_id)
 

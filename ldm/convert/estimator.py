@@ -37,7 +37,9 @@ def carry_estimator(model: Checkpoint, new: Path) -> dict[str, list]:
             if FILES.fullmatch(path.name) and path.is_file():
                 check_inside(path, place)
                 shutil.copyfile(path, new / name / path.name)
-    unet, vae = model.configs["unet"], model.configs["vae"]
+    unet, vae = model.configs.get("unet"), model.configs["vae"]
+    if unet is None:
+        return {}
     if "depth_estimator" not in carried and task_of(unet.in_channels, vae.latent_channels) == "depth":
         say_on_stderr(
             f"{place} has no depth_estimator in safetensors: ldm takes the depth as a picture (--depth); "

@@ -30,10 +30,17 @@ from ldm.io.atomic import atomic_folder, check_writable
 from ldm.io.folders import PICKLES, read_fields, write_json
 from ldm.io.misfits import Found, refuse_misfits
 from ldm.io.weights import DTYPES, Tensors, save_weights
+from ldm.text.clip import TextConfig
+from ldm.text.t5_tokenizer import JSON, SPIECE, T5Tokenizer
 from ldm.text.tokenizer import Tokenizer
 
 STEM = "diffusion_pytorch_model"
-ALONE = {"ControlNetModel": "controlnet", "AutoencoderKL": "vae", "UNet2DConditionModel": "unet"}  # by class
+ALONE = {  # by class
+    "ControlNetModel": "controlnet",
+    "AutoencoderKL": "vae",
+    "UNet2DConditionModel": "unet",
+    "FluxTransformer2DModel": "transformer",
+}
 Tick = Callable[[int], object]  # told the bytes of a tensor, when it is written
 Begin = Callable[[int], Tick]  # told the bytes of all, before the first
 
@@ -42,14 +49,15 @@ class Ours:
     """A part's tensors under our names, compared with what its configuration asks for before a number is read."""
 
     def __init__(self, part: str, config: Any, tensors: Tensors, say: Callable[[str], None] = say_on_stderr):
-        rename = getattr(names.CLASSES[part], "rename", None) or (lambda name: name)
+        network = names.CLASSES[type(config)]
+        rename = getattr(network, "rename", None) or (lambda name: name)
         self.tensors = tensors
         renamed = {name: rename(name) for name in tensors.entries}
         entries = {name: (key, tensors.entries[name]) for name, key in renamed.items() if key is not None}
         with torch.device("meta"):
             expected = {key: torch.empty(shape) for key, shape in names.shapes(part, config).items()}
         found = [Found(key, entry, DTYPES.get(entry.dtype)) for key, entry in entries.values()]
-        refuse_misfits(f"{tensors.place} does not fit the model {names.CLASSES[part].__name__}", expected, found)
+        refuse_misfits(f"{tensors.place} does not fit the model {network.__name__}", expected, found)
         self.names: dict[str, str] = {}
         for name, (key, _) in entries.items():
             if key in self.names and not torch.equal(self.read(key), tensors.read(name)):
@@ -214,7 +222,7 @@ def write_part(folder: Path, part: str, config: Any, source: Source, dtype: torc
     write_json(folder / CONFIG, config.to_json())
     stem = NETWORKS[part].stem if part in NETWORKS else STEM
     # The outer `text_model.` is what every version of transformers reads; the projection lies outside of it.
-    outer = "text_model." if part.startswith("text_encoder") else ""
+    outer = "text_model." if isinstance(config, TextConfig) else ""
     keys = {(key if key.startswith("text_projection") else outer + key): key for key in tensors.names}
     reads = {name: partial(tensors.read, key) for name, key in keys.items()}
     outline = {name: tensors.outline(key) for name, key in keys.items()}
@@ -246,8 +254,8 @@ def write_file(
 
 def layout(part: str, source: Source) -> tuple[str, str]:
     """Below which prefix, and in which of `names`' layouts, a single file keeps a part."""
-    if source.model is None and part == "vae":
-        return "", "original"  # as VAEs are published alone
+    if source.model is None and part in ("vae", "transformer"):
+        return "", "original"  # as VAEs, and FLUX's transformers, are published alone
     if part == "controlnet" and source.configs[part].is_xl:
         return "", "diffusers"  # the only layout in which SDXL's were ever published, and that diffusers reads
     return names.prefixes(source.configs)[part], "original"
@@ -267,26 +275,30 @@ def originals(read: Callable[[str], Tensor], origins: Mapping[str, names.Origin]
 
 def marks(model: Checkpoint) -> dict[str, Callable[[], Tensor]]:
     """Empty tensors by which other programs know that an SDXL predicts velocity, and begins from pure noise."""
-    if not model.configs["unet"].is_xl or model.scheduler.prediction_type != "v_prediction":
+    unet = model.configs.get("unet")
+    if unet is None or not unet.is_xl or model.scheduler.prediction_type != "v_prediction":
         return {}
     said = ["v_pred"] + ["ztsnr"] * model.scheduler.rescale_betas_zero_snr
     return {name: (lambda: torch.zeros(0)) for name in said}
 
 
-def beside_file(target: Path, tokenizers: Mapping[str, Tokenizer], overwrite: bool) -> dict[Path, Tokenizer]:
+def beside_file(
+    target: Path, tokenizers: Mapping[str, Tokenizer | T5Tokenizer], overwrite: bool
+) -> dict[Path, Tokenizer | T5Tokenizer]:
     """The tokenizers that must lie beside the file, and where: those that `vocabulary` would not find otherwise.
 
-    That is, those that are not CLIP's own, and all where other tokenizers lie in the way.
+    That is, those that are not CLIP's own (T5's among them), and all where other tokenizers lie in the way.
     """
     found = {}
     for name, tokenizer in tokenizers.items():
         folder = target.with_name(f"{target.stem}.{name}")
         others = [folder, target.with_name(target.stem) / name, target.with_name(name)]
-        if is_clip(tokenizer) and not any(other.is_dir() for other in others):
+        if isinstance(tokenizer, Tokenizer) and is_clip(tokenizer) and not any(other.is_dir() for other in others):
             continue
         if folder.exists() and not overwrite:
             raise LDMError(f"{folder} is there already: choose another target, or say overwrite (--overwrite).")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "vocab.json").exists():
+        mine = any((folder / each).exists() for each in ("vocab.json", JSON, SPIECE))
+        if folder.is_dir() and any(folder.iterdir()) and not mine:
             raise LDMError(f"{folder} holds something else than a tokenizer: choose another target.")
         found[folder] = tokenizer
     return found

@@ -16,7 +16,7 @@ TOKENIZER = (
 )  # fmt: skip
 PLAIN = {  # parts that are small files of these names, where they are there
     "tokenizer": TOKENIZER,
-    "tokenizer_2": TOKENIZER,
+    "tokenizer_2": (*TOKENIZER, "spiece.model"),
     "scheduler": ("scheduler_config.json",),
     "low_res_scheduler": ("scheduler_config.json",),
     "feature_extractor": ("preprocessor_config.json",),
@@ -25,9 +25,13 @@ STEMS = {  # parts that are networks: a config.json and weights of this stem
     "text_encoder": "model",
     "text_encoder_2": "model",
     "unet": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "depth_estimator": "model",
 }
+FLUX = "FluxTransformer2DModel"  # the transformer that ldm knows
+KONTEXT = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")  # which has the same, and is drawn with otherwise
+T5, T5_FILES = ("T5Tokenizer", "T5TokenizerFast"), ("tokenizer.json", "spiece.model")
 IDLE = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")  # of no use for drawing
 SAFE = re.compile(r"\w[\w.\-+]*(?:/\w[\w.\-+]*)*", re.ASCII)  # no hidden file, no "..", no absolute path
 
@@ -77,13 +81,19 @@ def _of_pipeline(
     listed = {part for part, value in index.items() if isinstance(value, list) and value and value[-1] is not None}
     known = {*PLAIN, *STEMS} - ({"feature_extractor"} if "depth_estimator" not in listed else set())
     unknown = sorted(listed - known - {*IDLE})
-    if "unet" not in listed or unknown:
-        what = f"has parts that ldm doesn't know ({some(unknown)})" if unknown else "has no unet"
-        raise LDMError(f"{place} {what}: it is no Stable Diffusion 1, 2 or XL, nothing was downloaded.")
+    transformer = index["transformer"][-1] if "transformer" in listed else FLUX
+    if not {"unet", "transformer"} & listed or unknown or transformer != FLUX:
+        what = f"has parts that ldm doesn't know ({some(unknown)})" if unknown else "has no unet and no transformer"
+        what = what if transformer == FLUX else f"has a transformer that ldm doesn't know ({transformer!r:.80})"
+        raise LDMError(f"{place} {what}: it is no Stable Diffusion 1, 2 or XL and no FLUX.1, nothing was downloaded.")
+    if index.get("_class_name") in KONTEXT:
+        raise LDMError(f"{place} is a FLUX.1 Kontext, and ldm doesn't draw with it: nothing was downloaded.")
     found = {"model_index.json"} | {"ldm.json"} & names
     for part in sorted(listed & known):
         if part in PLAIN:
             files = {f"{part}/{name}" for name in PLAIN[part]} & names
+            if part == "tokenizer_2" and index[part][-1] in T5 and not {f"{part}/{name}" for name in T5_FILES} & files:
+                raise Missing(f"{place} lacks {part}/{' and '.join(T5_FILES)}.")
             if not files or (
                 f"{part}/vocab.json" in files and not {f"{part}/merges.txt", f"{part}/tokenizer.json"} & files
             ):

@@ -136,7 +136,7 @@ def of_weights(files: WeightFiles, form: str, variant: str | None, name: str, pa
         )  # fmt: skip
     layouts = " and ".join(dict.fromkeys(LAYOUTS[place.layout] for place in found.parts.values()))
     faults = faults_of(found, path, variant)
-    whole = "unet" in found.parts and "vae" in found.parts and not found.lacks
+    whole = bool(found.backbone) and "vae" in found.parts and not found.lacks
     try:
         facts = {} if faults else facts_of(found, files, path) | facts
     except LDMError as error:  # a configuration in the metadata that can't be meant
@@ -207,6 +207,8 @@ def faults_of(found: Found, path: Path, variant: str | None) -> list[str]:
 def facts_of(found: Found, files: WeightFiles, place: Path) -> dict[str, str]:
     """Of the networks, and of the schedule if there is a UNet."""
     configs = dict(found.configs)
+    if "transformer" in configs:
+        return facts_of_flux(found, place)
     if "unet" not in configs:
         return {"latents": latents(configs["vae"], either(found))} if "vae" in configs else {}
     said, _ = said_of_prediction(found, files)
@@ -222,6 +224,16 @@ def facts_of(found: Found, files: WeightFiles, place: Path) -> dict[str, str]:
         configs["unet"] = replace(configs["unet"], sample_size=architecture.parts["unet"].get("sample_size"))
         return facts | facts_of_networks(configs)
     return facts | ({"latents": latents(configs["vae"])} if "vae" in configs else {})
+
+
+def facts_of_flux(found: Found, place: Path) -> dict[str, str]:
+    """`facts_of` a FLUX, which always predicts the velocity."""
+    said = found.architecture.scheduler
+    facts = {}
+    if said:
+        whose, defaults = "its own" if found.own else "that of its kind", defaults_of(found, place)
+        facts = facts_of_schedule(read_scheduler(said, False), f"{said['_class_name']} ({whose})", defaults)
+    return facts | facts_of_networks(found.configs)
 
 
 def either(found: Found) -> str | None:
@@ -294,11 +306,14 @@ def use_of(
     """(lines that use it, what to know of using it)"""
     options = " --variant ema" * (variant == "ema") + " --allow-pickle" * pickled
     lines = [line_of_model(name, found.configs, options)] if whole else []
-    parts = [part for part in ("controlnet", "vae") if part in found.parts and not (whole and part == "vae")]
+    kinds = ("transformer", "controlnet", "vae")
+    parts = [part for part in kinds if part in found.parts and not (whole and part != "controlnet")]
     lines += [line_of_part(part, name, options) for part in parts]
-    lacks = found.lacks if "unet" in found.parts else () if lines else ("unet",)
+    lacks = found.lacks if found.backbone else () if lines else ("unet",)
     if not lacks:
         return tuple(lines), ()
     titles = " and the ".join(TITLES[part] for part in lacks)
+    if "transformer" in found.parts:
+        return tuple(lines), (f"It lacks the {titles}: these are taken from another FLUX.1 (--parts-of).",)
     todo = "take a checkpoint with all parts, or `ldm convert` makes it a part of a model's folder"
     return tuple(lines), (f"It is no whole model: it lacks the {titles}; {todo}.",)

@@ -7,8 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ldm.checkpoints.checkpoint import NETWORKS, Kind, check_fit
-from ldm.checkpoints.folder import OPTIONAL, PARTS, PASSED_OVER, SECOND, open_folder, read_schedule
+from ldm.checkpoints.checkpoint import NETWORKS, Kind, backbone_of, check_fit
+from ldm.checkpoints.folder import (
+    FLUX,
+    OPTIONAL,
+    PARTS,
+    PASSED_OVER,
+    SECOND,
+    open_folder,
+    places_of_parts,
+    read_schedule,
+)
+from ldm.checkpoints.names import CLASSES as NETWORK
 from ldm.checkpoints.places import CONFIG, INDEX
 from ldm.errors import LDMError, bytes_in_words
 from ldm.inspect.report import Part, Report, Tensor, make_part
@@ -34,6 +44,8 @@ CLASSES = {  # what config.json calls it -> its name here, in words, and what re
     "ControlNetModel": ("controlnet", "a ControlNet", Kind(ControlNet, ControlNetConfig, STEM)),
     "T2IAdapter": ("adapter", "a T2I-Adapter", Kind(Adapter, AdapterConfig, STEM)),
     "UNet2DConditionModel": ("unet", "a UNet, one part of a model", NETWORKS["unet"]),
+    "FluxTransformer2DModel": ("transformer", "a transformer of FLUX, one part of a model", NETWORKS["transformer"]),
+    "T5EncoderModel": ("text_encoder_2", "a T5 text encoder, one part of a model", NETWORKS["text_encoder_2"]),
     "AutoencoderKL": ("vae", "a VAE", NETWORKS["vae"]),
     "CLIPTextModel": ("text_encoder", "a text encoder, one part of a model", NETWORKS["text_encoder"]),
     "CLIPTextModelWithProjection": ("text_encoder", "a text encoder, one part of a model", NETWORKS["text_encoder"]),
@@ -54,7 +66,11 @@ def of_model(folder: Path, variant: str | None, name: str) -> Report:
     """The report of a whole model. Raises LDMError if model_index.json can't be read."""
     index = read_fields(folder / INDEX)
     named = {part: value[-1] for part, value in index.items() if isinstance(value, list) and value and value[-1]}
-    seen = {part: look(folder / part, part, NETWORKS[part], variant) for part in NETWORKS if part in named}
+    try:
+        place = places_of_parts(folder)
+    except LDMError:  # of which open_folder tells below
+        place = folder.joinpath
+    seen = {part: look(place(part), part, NETWORKS[part], variant) for part in NETWORKS if part in named}
     configs = {part: each.config for part, each in seen.items() if each.config is not None}
     faults = [fault for each in seen.values() for fault in each.faults]
     tokenizers: Mapping[str, Any] = {}
@@ -65,10 +81,10 @@ def of_model(folder: Path, variant: str | None, name: str) -> Report:
         check_fit(checkpoint)
     except LDMError as error:
         faults += [str(error)] * (str(error) not in faults)
-    facts = facts_of_folder(folder, configs.get("unet")) | facts_of_networks(configs)
+    facts = facts_of_folder(folder, backbone_of(configs)) | facts_of_networks(configs)
     for part, tokenizer in tokenizers.items():
         facts[part.replace("_", " ")] = f"its own, {len(tokenizer)} pieces, {tokenizer.max_length} tokens a prompt"
-    whole = len(configs) == len(seen) and {"unet", "vae"} <= configs.keys() and len(configs) > 2
+    whole = len(configs) == len(seen) and "vae" in configs and backbone_of(configs) and len(configs) > 2
     what, reason = family(configs) if whole else ("a model", "")
     pickled = any("is a pickle" in line for each in seen.values() for line in each.warnings)
     options = f" --variant {variant}" * bool(variant) + " --allow-pickle" * pickled
@@ -175,6 +191,7 @@ def other_files(folder: Path, paths: Sequence[Path]) -> list[str]:
 
 def compare(part: Part, kind: Kind, config: Any, files: WeightFiles) -> tuple[Part, str]:
     """The part with what is missing, left over and misshapen, and the sentence with which loading refuses that."""
+    kind = kind._replace(network=NETWORK.get(type(config), kind.network))  # of a second text encoder, by what it says
     expected = build(kind, config)
     rename = getattr(kind.network, "rename", lambda name: name)
     ours = {name: rename(name) for name in files.entries}
@@ -229,7 +246,7 @@ def beside(folder: Path, named: Mapping[str, str]) -> list[str]:
     lines = [
         f"{name}: it takes no part in drawing" for name in PASSED_OVER if name in named and (folder / name).exists()
     ]
-    known = {*PARTS, *SECOND, *OPTIONAL, *PASSED_OVER}
+    known = {*PARTS, *SECOND, *FLUX, *OPTIONAL, *PASSED_OVER}
     others = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     lines += [f"{name}/: {INDEX} doesn't name it" for name in others if name not in known & named.keys()]
     return lines + [line.removeprefix(f"{folder.name}/") for line in other_files(folder, ())]
