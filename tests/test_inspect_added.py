@@ -175,9 +175,9 @@ def test_kinds_that_ldm_refuses_are_named(run, key):
 
 
 def test_adapters_of_other_models_are_named(run):
-    layer = "lora_unet_double_blocks_0_img_attn_qkv"
+    layer = "lora_unet_double_stream_modulation_img_lin"
     write({f"{layer}.lora_down.weight": normal(1, 4, 8), f"{layer}.lora_up.weight": normal(1, 8, 4)})
-    assert run("x.safetensors", status=1).startswith("x.safetensors: a LoRA for FLUX")
+    assert run("x.safetensors", status=1).startswith("x.safetensors: a LoRA for FLUX.2")
     write({"lora_controlnet": normal(1, 1)})
     assert "a Control-LoRA" in (text := run("x.safetensors", status=1)) and "does not read such a thing" in text
 

@@ -327,13 +327,9 @@ REFUSED = {  # what is done to a sound file, and what the sentence says
     "IA3": (alone({"base_model.model.conv_in.ia3_l": normal(1, 8, 1)}), "is an IA3, which scales activations"),
     "GLoRA": (alone({"lora_unet_conv_in.a1.weight": normal(1, 8, 1)}), "is a GLoRA"),
     "a Control-LoRA": (with_one("lora_controlnet", torch.ones(1)), "is a Control-LoRA"),
-    "FLUX": (
-        alone({"lora_unet_double_blocks_0_img_attn_proj.lora_up.weight": normal(1, 8, 2)}),
-        "is a LoRA for FLUX, by its tensor",
-    ),
-    "FLUX of diffusers": (
-        alone({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": normal(1, 2, 8)}),
-        "is a LoRA for FLUX",
+    "FLUX.2": (
+        alone({"lora_unet_double_stream_modulation_img_lin.lora_up.weight": normal(1, 8, 2)}),
+        "is a LoRA for FLUX.2, by its tensor",
     ),
     "SD 3": (
         alone({"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": normal(1, 8, 2)}),

@@ -19,12 +19,23 @@ from ldm.inspect.trained import facts_of_training
 from ldm.io.misfits import CONTEXT_WIDTHS
 from ldm.io.weights import Tensors, WeightFiles
 from ldm.lora.file import Lora, open_lora
-from ldm.lora.fitting import Place, places
+from ldm.lora.fitting import FLUX_WIDTHS, Place, places
 from ldm.lora.groups import Group
-from ldm.lora.names import UNET, WORDS, flattened, other_form, other_model, parse
+from ldm.lora.names import TRANSFORMER, UNET, WORDS, flattened, other_form, other_model, parse
+from ldm.models.flux import PATCH
 
-BLOCKS = re.compile(r"(down_blocks|up_blocks|input_blocks|output_blocks)_(\d+)_|(mid_block|middle_block)_")
+BLOCKS = re.compile(
+    r"(down_blocks|up_blocks|input_blocks|output_blocks|double_blocks|single_blocks|transformer_blocks|"
+    r"single_transformer_blocks)_(\d+)_|(mid_block|middle_block)_"
+)
 ORDER = ("", "down_blocks", "input_blocks", "mid_block", "middle_block", "up_blocks", "output_blocks")  # as data goes
+ORDER += ("double_blocks", "single_blocks")
+AUTHORS = {
+    "transformer_blocks": "double_blocks",
+    "single_transformer_blocks": "single_blocks",
+}  # FLUX's, whose tell more
+USUAL_PATCH = 64  # numbers of a patch of FLUX.1's latents
+MOST_NUMBERS = 2**31  # of a model's weights, that are read to compare a LoRA with them
 
 
 def could_be(files: WeightFiles) -> bool:
@@ -76,20 +87,25 @@ def norms_of(lora: Lora, group: Group) -> dict[str, float]:
 
 
 def own_norms(
-    changes: Mapping[Group, Mapping[str, float]], base: Base, where: Mapping[Group, Place]
+    changes: Mapping[Group, Mapping[str, float]], base: Base, where: Mapping[Group, tuple[Place, ...]]
 ) -> dict[Group, float]:
-    """How large the model's own weights are that each group changes; nothing, if they aren't here or can't be read."""
-    if base.checkpoint is None:
+    """How large the model's own weights are that each group changes.
+
+    Nothing, if they aren't here, can't be read, or are so many that reading them would take minutes.
+    """
+    numbers = sum(math.prod(group.shape) for group in where if group.shape is not None)
+    if base.checkpoint is None or numbers > MOST_NUMBERS:
         return {}
     tables: dict[str, tuple[Tensors, dict[str, str]]] = {}
     found = {}
     try:
-        for group, (part, layer) in where.items():
+        for group, spots in where.items():
+            part = spots[0].part
             if part not in tables:
                 weights, rename = base.checkpoint.weights(part), getattr(NETWORKS[part].network, "rename", str)
                 tables[part] = weights, {rename(name): name for name in weights.entries}
             weights, names = tables[part]
-            own = [weights.read(names[f"{layer}.{leaf}"]) for leaf in changes[group]]
+            own = [weights.read(names[f"{each.layer}.{leaf}"]) for each in spots for leaf in changes[group]]
             found[group] = math.hypot(*(float(vector_norm(each, dtype=float64)) for each in own))
     except (LDMError, KeyError):  # of a model that ldm wouldn't load
         return {}
@@ -98,6 +114,8 @@ def own_norms(
 
 def made_for(lora: Lora) -> str:
     """By what its model was told."""
+    if lora.width is not None:
+        return f"made for {lora.made_for}: its layers are {lora.width} wide"
     if lora.context_width is not None:
         made = f"made for {CONTEXT_WIDTHS[lora.context_width]}: " if lora.context_width in CONTEXT_WIDTHS else ""
         return f"{made}its cross-attention reads a context of {lora.context_width} numbers"
@@ -121,9 +139,15 @@ def facts_of(lora: Lora) -> dict[str, str]:
         kernels = sum(
             group.shape is not None and len(group.shape) == 4 and group.shape[2:] != (1, 1) for group in groups
         )
-        convolutions = f" ({kernels} of them convolutions)" if kernels else ""
-        told += [f"{many(len(groups))} of the {word}{convolutions}"] if groups else []
+        gains = sum(group.form == "new" for group in groups)
+        some = f" ({kernels} of them convolutions)" if kernels else ""
+        some += f" ({gains} of them norms, whose gains it takes the place of)" if gains else ""
+        told += [f"{many(len(groups))} of the {word}{some}"] if groups else []
     facts = {"changes": " and ".join(told)}
+    if lora.patch is not None:
+        facts["reads"] = f"{lora.patch} numbers of a patch, so {lora.patch // PATCH**2} channels"
+        if lora.patch > USUAL_PATCH and lora.width in FLUX_WIDTHS:
+            facts["reads"] += f": {(lora.patch - USUAL_PATCH) // PATCH**2} of a picture beside the 16 of the latent"
     if lora.ranks:
         scales = Counter(
             1.0 if group.alpha is None else group.alpha / group.rank for group in lora.groups if group.rank
@@ -163,10 +187,13 @@ def network_of(part: str, config: Config) -> nn.Module:
     return blank_part(part, config)
 
 
-def whereabouts(lora: Lora, base: Base) -> dict[Group, Place] | None:
-    """The layer of each group in that model; None if it doesn't go with it."""
-    width = base.configs[UNET].cross_attention_dim
-    if lora.context_width not in (None, width):
+def whereabouts(lora: Lora, base: Base) -> dict[Group, tuple[Place, ...]] | None:
+    """The layers of each group in that model; None if it doesn't go with it."""
+    widths = {
+        UNET: (lora.context_width, getattr(base.configs.get(UNET), "cross_attention_dim", None)),
+        TRANSFORMER: (lora.width, getattr(base.configs.get(TRANSFORMER), "width", None)),
+    }
+    if any(own not in (None, width) for own, width in widths.values()):  # told without building the model
         return None
     try:
         return places(lora, networks_of(base))
@@ -184,12 +211,12 @@ def refusal(lora: Lora, base: Base) -> str | None:
 
 
 def strengths(
-    norms: Mapping[Group, float], where: Mapping[Group, Place] | None, own: Mapping[Group, float]
+    norms: Mapping[Group, float], where: Mapping[Group, tuple[Place, ...]] | None, own: Mapping[Group, float]
 ) -> tuple[Strength, ...]:
     """The change's norm by block, in the order in which data goes through them. `own`: of the weights, if known."""
     found: dict[tuple, list[Group]] = {}
     for group in norms:
-        part, layer = where[group] if where is not None else (group.part, group.layer)
+        part, layer = where[group][0][:2] if where is not None else (group.part, group.layer)
         found.setdefault(block_of(part, layer), []).append(group)
     told = []
     for (part, _, number, block), groups in sorted(found.items()):
@@ -202,10 +229,10 @@ def strengths(
 def block_of(part: str, layer: str) -> tuple[int, int, int, str]:
     """What sorts a layer's block, and its name: of a text encoder all layers are one."""
     order = list(WORDS).index(part)
-    if part != UNET:
+    if part not in (UNET, TRANSFORMER):
         return order, 0, -1, ""
     found = BLOCKS.match(flattened(layer))
-    if found is None:  # the first and the last convolution, and what reads the timestep
+    if found is None:  # the first and the last layer, and what reads the timestep
         return order, 0, -1, "outside the blocks"
-    kind = found[1] or found[3]
+    kind = AUTHORS.get(found[1], found[1]) or found[3]
     return order, ORDER.index(kind), int(found[2] or -1), kind

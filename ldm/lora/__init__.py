@@ -6,5 +6,9 @@ groups      the factors of one layer, and whether they go together
 peft        what PEFT says beside its factors: rank and alpha
 file        a file, opened: told by its header, read when it is fitted
 fitting     whether it is for this model
+flux        FLUX's layers under their authors' names, of which one may be several of ours
 applied     on a model: written into its weights or computed beside its layers, and taken away again
+beside      ... a change that is computed beside its layer
+wider       ... a FLUX that reads more by a LoRA
+strength    ... how much it changes, in words
 """

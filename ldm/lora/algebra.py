@@ -6,12 +6,14 @@
             element; each factor may have a Tucker core (proposition 3)
     LoKr    dW = alpha/r * C kron (B A)                     Yeh et al. 2023 (LyCORIS), section 3.2; either side whole
     full    dW itself                                       LyCORIS's `diff`; the gains of a norm, too
+    new     dW = W_new - W                                  what takes a gain's place (FLUX's control LoRAs)
 
 Each form is plain tensor code: its factors may be parameters that are trained. Shapes: O and I the weight's outputs and
 inputs, k a kernel's side, r the rank.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -20,6 +22,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.errors import LDMError
+
+Pieces = Sequence[tuple[int, int]]  # rows, from and to
 
 
 class Change:
@@ -44,8 +50,29 @@ class Change:
         raise NotImplementedError
 
     def delta(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        """The change of a weight of that shape, at weight 1, in the factors' own dtype."""
-        return (self.scale * self.whole()).reshape(shape)
+        """The change of a weight of that shape, at weight 1, in the factors' own dtype.
+
+        Of a matrix that reads more than the change was made for, it changes the first columns. Raises LDMError for one
+        that reads less.
+        """
+        whole = self.scale * self.whole()
+        if whole.numel() > math.prod(shape):
+            raise LDMError(
+                f"A LoRA's change of {whole.numel():,} numbers is more than a weight of {' x '.join(map(str, shape))} "
+                "has: it makes FLUX's first layer wider, which a pipeline alone can do (pipe.add_lora)."
+            )
+        if whole.numel() < math.prod(shape):
+            whole = whole.reshape(shape[0], -1)
+            whole = F.pad(whole, (0, shape[1] - whole.shape[1]))
+        return whole.reshape(shape)
+
+    def rows(self, pieces: Pieces) -> "Change":
+        """The change of those rows alone, one piece behind the other: what a layer of ours has of a fused one."""
+        return Rows(self, pieces)
+
+    def against(self, weight: Tensor) -> "Change":
+        """The same as a change of exactly this weight, which has no LoRA in it."""
+        return self
 
     def norm(self) -> float:
         """The change's Frobenius norm, at weight 1."""
@@ -72,6 +99,8 @@ class Change:
             return F.layer_norm(x, module.normalized_shape, weight, None, module.eps)
         if isinstance(module, nn.GroupNorm):
             return F.group_norm(x, module.num_groups, weight, None, module.eps)
+        if weight.dim() == 1:  # the gains of an RMS norm: FLUX's of q and k, and T5's
+            return F.rms_norm(x, weight.shape, weight, module.eps)
         return convolved(module, x, weight) if isinstance(module, nn.Conv2d) else F.linear(x, weight)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Change":
@@ -103,6 +132,9 @@ class LowRank(Change):
             return self.up.flatten(1) @ self.down.flatten(1)  # (O, I*k*k)
         return torch.einsum("mn..., im, nj -> ij...", self.mid, self.up.flatten(1), self.down.flatten(1))
 
+    def rows(self, pieces: Pieces) -> Change:
+        return replace(self, up=taken(self.up, pieces))
+
     def norm(self) -> float:
         # |BA|^2 = trace((B^T B)(A A^T)): r x r numbers in place of O x I.
         if self.mid is not None:
@@ -118,7 +150,8 @@ class LowRank(Change):
     def beside(self, module: nn.Module, x: Tensor) -> Tensor:
         x = x.to(self.down.dtype)
         if not isinstance(module, nn.Conv2d):
-            return self.scale * F.linear(F.linear(x, self.down.flatten(1)), self.up.flatten(1))
+            down = self.down.flatten(1)
+            return self.scale * F.linear(F.linear(x[..., : down.shape[1]], down), self.up.flatten(1))
         up = self.up.flatten(1)[:, :, None, None]
         if self.mid is None:
             h = convolved(module, x, self.down.reshape(-1, *module.weight.shape[1:]))  # (B, r, H', W')
@@ -213,6 +246,60 @@ class Full(Change):
     def whole(self) -> Tensor:
         return self.diff
 
+    def rows(self, pieces: Pieces) -> Change:
+        return replace(self, diff=taken(self.diff, pieces))
+
+
+@dataclass(frozen=True, eq=False)
+class New(Change):
+    """What takes a weight's place. It is a change of a known weight only (`against`); by itself it has no size."""
+
+    new: Tensor
+    kind: ClassVar[str] = "new"
+
+    def whole(self) -> Tensor:
+        raise NotImplementedError("which change this is the weight tells: `against`")
+
+    def norm(self) -> float:
+        return 0.0
+
+    def rows(self, pieces: Pieces) -> Change:
+        return replace(self, new=taken(self.new, pieces))
+
+    def against(self, weight: Tensor) -> Change:
+        exact = torch.promote_types(torch.promote_types(weight.dtype, self.new.dtype), torch.float32)
+        return Full(self.new.to(weight.device, exact) - weight.to(exact))
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Change):
+    """Rows of a change whose factors have none of their own (LoHa with cores, LoKr): computed whole, then taken."""
+
+    change: Change
+    pieces: Pieces
+
+    @property
+    def kind(self) -> str:
+        return f"{self.change.kind} {self.pieces}"
+
+    @property
+    def rank(self) -> int | None:
+        return self.change.rank
+
+    @property
+    def alpha(self) -> float | None:
+        return self.change.alpha
+
+    def whole(self) -> Tensor:
+        return taken(self.change.whole(), self.pieces)
+
+    def factors(self) -> list[tuple[str, Tensor]]:
+        return self.change.factors()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Change:
+        moved = self.change.to(device, dtype)
+        return self if moved is self.change else Rows(moved, self.pieces)
+
 
 @dataclass(frozen=True, eq=False)
 class Shift(Change):
@@ -229,10 +316,13 @@ class Shift(Change):
     def whole(self) -> Tensor:
         return self.diff
 
+    def rows(self, pieces: Pieces) -> Change:
+        return replace(self, diff=taken(self.diff, pieces))
+
     def beside(self, module: nn.Module, x: Tensor) -> Tensor:
         channels_first = isinstance(module, nn.Conv2d | nn.GroupNorm)
         shape = (-1, *[1] * (x.dim() - 2)) if channels_first else (-1,)
-        return self.delta(shape)
+        return (self.scale * self.whole()).reshape(shape)
 
 
 def summed(weight: Tensor, changes: Sequence[tuple[float, Change]]) -> Tensor:
@@ -243,9 +333,16 @@ def summed(weight: Tensor, changes: Sequence[tuple[float, Change]]) -> Tensor:
     """
     if len(changes) > 1:
         changes = sorted(changes, key=lambda each: (each[1].digest, each[0]))
+    base = weight
     for number, change in changes:
-        weight = weight + number * change.to(weight.device, weight.dtype).delta(weight.shape)
+        weight = weight + number * change.to(base.device, base.dtype).against(base).delta(base.shape)
     return weight
+
+
+def taken(x: Tensor, pieces: Pieces) -> Tensor:
+    """Those rows of `x`, one piece behind the other."""
+    found = [x[start:stop] for start, stop in pieces]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def scaled(scale: float, x: Tensor) -> float:

@@ -9,7 +9,7 @@ so its bits depend neither on what has been on it, nor on the order in which it 
 network see the same LoRAs, a deep copy has its own, and a network that is put in another's place has none; the one that
 left keeps what it has. A weight that somebody else writes meanwhile (`load_state_dict`, an optimiser) keeps what was
 written, and a line says so when its stack changes next; what is written past autograd, into `weight.data`, can't be
-seen, and is lost then.
+seen, and is lost then. A LoRA may make FLUX's first layer wider (`ldm.lora.wider`), as long as it is on.
 """
 
 import math
@@ -29,13 +29,16 @@ from ldm.errors import LDMError, nearest, say_on_stderr
 from ldm.io.folders import some
 from ldm.io.weights import all_finite
 from ldm.lora.algebra import Change, summed
+from ldm.lora.beside import attach
 from ldm.lora.file import Lora
-from ldm.lora.names import TEXT, TEXT_2, UNET
+from ldm.lora.names import TEXT, TEXT_2, TRANSFORMER, UNET
+from ldm.lora.strength import percent, strength, told
+from ldm.lora.wider import KEY, Wider, inputs_of, widened
 
 if TYPE_CHECKING:
     from ldm.parts import Parts
 
-PARTS = (UNET, TEXT, TEXT_2)
+PARTS = (UNET, TRANSFORMER, TEXT, TEXT_2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,17 +105,19 @@ class Stack:
         self.entries: list[Entry] = []
         self.untouched: dict[str, Tensor] = {}  # on the CPU: a second copy on a GPU would cost what it has least of
         self.written: dict[str, Written] = {}
+        self.wider: Wider | None = None
 
     def put(self, network: nn.Module, entry: Entry) -> None:
         self.entries.append(entry)
+        self.widen(network)
         if entry.applied.merged:
             self.refresh(network, entry.changes)
             return
         for key in entry.changes:  # of the same range as if it were merged
-            weight = network.get_parameter(key)
+            weight = weight_of(network, key)
             self.summed(key, weight.data, weight, [entry])
         for key, change in entry.changes.items():
-            weight = network.get_parameter(key)
+            weight = weight_of(network, key)
             exact = torch.promote_types(weight.dtype, torch.float32)
             layer = network.get_submodule(key.rpartition(".")[0])
             entry.handles.append(attach(layer, change.to(weight.device, exact), entry.applied.weight))
@@ -123,17 +128,41 @@ class Stack:
         while entry.handles:
             entry.handles.pop().remove()
         self.refresh(network, entry.changes)
+        self.narrow(network)
+
+    def widen(self, network: nn.Module) -> None:
+        """Let FLUX's first layer read as much as the widest LoRA's change of it does."""
+        inputs = self.inputs()
+        if self.wider is None and inputs and inputs > network.x_embedder.weight.shape[1]:
+            self.wider = Wider(network, inputs, self.untouched.get(KEY, network.x_embedder.weight.data))
+            if KEY in self.untouched:
+                self.untouched[KEY] = widened(self.untouched[KEY], inputs)
+
+    def narrow(self, network: nn.Module) -> None:
+        """Let it read as much as ever, if no LoRA is left that needs more."""
+        if self.wider is not None and self.inputs() <= self.wider.narrow.shape[1]:
+            self.wider.undo(network)
+            if KEY in self.untouched:
+                self.untouched[KEY] = self.wider.narrow
+            self.wider = None
+            self.refresh(network, [KEY])
+
+    def inputs(self) -> int:
+        return inputs_of(each.changes[KEY] for each in self.entries if KEY in each.changes)
 
     def refresh(self, network: nn.Module, keys: Iterable[str]) -> None:
         """Compute these weights anew from what lies beneath, which comes back where nothing lies on it any more."""
         for key in keys:
+            entries = self.merged(key)
+            if not entries and key not in self.untouched:
+                continue
             weight = network.get_parameter(key)
-            if entries := self.merged(key):
+            if entries:
                 if key not in self.untouched:
                     self.untouched[key] = weight.data.cpu()
                 weight.data = self.summed(key, self.untouched[key], weight, entries)
                 self.written[key] = Written(weight)
-            elif key in self.untouched:
+            else:
                 weight.data = alike(self.untouched[key], weight)
                 del self.untouched[key]
                 self.written.pop(key, None)
@@ -188,28 +217,6 @@ def alike(untouched: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(now).copy_(untouched)
 
 
-# ---------------------------------------------------------------------------------------------------- beside a layer
-
-
-class Beside:
-    """A forward hook that adds `weight` times a change to what its layer says."""
-
-    def __init__(self, change: Change, weight: float):
-        self.change, self.weight = change, weight
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]  # an offloaded layer's input is where it is computed, and its weights may be elsewhere
-        return output + (self.weight * self.change.to(x.device).beside(module, x)).to(output.dtype)
-
-
-def attach(module: nn.Module, change: Change, weight: float = 1.0) -> RemovableHandle:
-    """Add `weight` times the change to each call of a layer, y = Wx + weight * dW x, until `handle.remove()`.
-
-    The weights stay as they are. The change's factors may be parameters that are trained.
-    """
-    return module.register_forward_hook(Beside(change, weight))
-
-
 # ---------------------------------------------------------------------------------------------------- on and off
 
 
@@ -221,6 +228,29 @@ def networks_of(pipe: "Parts") -> dict[str, nn.Module]:
 def stack_of(network: nn.Module) -> Stack:
     """What lies on a network; an empty stack, not yet its own, where nothing does."""
     return vars(network).get("loras") or Stack()
+
+
+def weight_of(network: nn.Module, key: str) -> Tensor:
+    """A parameter; of a layer that is quantised (`ldm.quantised`) its weight, made for this call."""
+    layer, _, leaf = key.rpartition(".")
+    return getattr(network.get_submodule(layer), leaf)
+
+
+def beneath(network: nn.Module, key: str) -> Tensor:
+    """A weight without any LoRA."""
+    kept = stack_of(network).untouched
+    return kept[key] if key in kept else weight_of(network, key).data
+
+
+def refuse_quantised(networks: Mapping[str, nn.Module], changes: Mapping[str, Mapping[str, Change]], name: str) -> None:
+    """Raise LDMError for a change of a weight that is no parameter: into its codes nothing can be merged."""
+    for part, found in changes.items():
+        own = dict(networks[part].named_parameters())
+        if quantised := next((key for key in found if key not in own), None):
+            raise LDMError(
+                f"{name} can't be merged into weights that are quantised, as {part}.{quantised} is: add it before they "
+                "are, or beside them (merge=False)."
+            )
 
 
 def loras_on(networks: Iterable[nn.Module]) -> tuple[Applied, ...]:
@@ -237,8 +267,11 @@ def add(pipe: "Parts", lora: Lora, weight: float = 1.0, merge: bool = True) -> A
     weight, networks = float(weight), networks_of(pipe)
     memory.send_home(pipe)
     changes = lora.fit(networks)
+    if merge:
+        refuse_quantised(networks, changes, lora.name)
     for part, found in changes.items():
         stack_of(networks[part]).yield_to_others(networks[part], found)
+        changes[part] = {key: change.against(beneath(networks[part], key)) for key, change in found.items()}
     on = loras_on(networks.values())
     sizes = norms(networks, changes)
     number = max((each.number for each in on), default=0) + 1
@@ -253,6 +286,9 @@ def add(pipe: "Parts", lora: Lora, weight: float = 1.0, merge: bool = True) -> A
             take(network, entry)
         raise
     say_on_stderr(told(applied))
+    if TRANSFORMER in changes and (wider := stack_of(networks[TRANSFORMER]).wider) is not None:
+        more = networks[TRANSFORMER].config.channels_in - wider.config.channels_in
+        say_on_stderr(f"{applied.name}: as long as it is on, the transformer reads {more} more channels, of a picture.")
     return applied
 
 
@@ -292,6 +328,7 @@ def take(network: nn.Module, entry: Entry) -> None:
         stack.take(network, entry)
     else:  # what broke off in the middle of it
         stack.refresh(network, entry.changes)
+        stack.narrow(network)
     if not stack.entries:
         vars(network).pop("loras", None)
 
@@ -310,43 +347,9 @@ def norms(networks: Mapping[str, nn.Module], changes: Mapping[str, Mapping[str, 
     """Of each parameter that changes: (||dW||, ||W||), W without any LoRA."""
     sizes = {}
     for part, found in changes.items():
-        untouched = stack_of(networks[part]).untouched
         for key, change in found.items():
-            weight = untouched.get(key, networks[part].get_parameter(key).data)
+            weight = beneath(networks[part], key)
             exact = torch.promote_types(weight.dtype, torch.float32)
             norm = float(torch.linalg.vector_norm(weight, dtype=exact))
             sizes[f"{part}.{key}"] = change.norm(), norm
     return sizes
-
-
-def strength(sizes: Mapping[str, tuple[float, float]], weight: float) -> tuple[float, dict[str, float]]:
-    """||weight * dW|| / ||W||: over all, and of each."""
-    layers = {key: abs(weight) * ratio(delta, norm) for key, (delta, norm) in sizes.items()}
-    all_deltas, all_norms = (math.hypot(*column) for column in zip(*sizes.values(), strict=True))
-    return abs(weight) * ratio(all_deltas, all_norms), layers
-
-
-def ratio(delta: float, norm: float) -> float:
-    return delta / norm if norm else math.inf if delta else 0.0
-
-
-def percent(share: float) -> str:
-    """Two digits that say something: 3.1 %, 120 %, 0.0042 %; and of what is far too much, that it is."""
-    if share >= 10:
-        return (f"{share:,.0f}" if share < 1e6 else "more than a million") + " times their size"
-    return f"{100 * share:.2g} %" if share < 1 else f"{100 * share:.0f} %"
-
-
-def told(applied: Applied) -> str:
-    """The line for stderr: what it is, what it touches, and how much that is."""
-    line = f"{applied.name}: {applied.lora}"
-    if applied.change == 0:
-        untrained = "for its factors are zero (it was never trained), or its alphas are"
-        why = untrained if applied.weight else "at weight 0"
-        return f"{line}; it changes nothing, {why}."
-    worst = max(applied.layers, key=applied.layers.get)
-    line += f"; at weight {applied.weight:g} it changes them by {percent(applied.change)}"
-    line += f" (the most in {worst.removesuffix('.weight')}, {percent(applied.layers[worst])})"
-    if applied.change > 1:
-        line += ": that is more than the weights themselves, so expect noise, and try a smaller weight"
-    return line + "."

@@ -26,7 +26,18 @@ from ldm.io.weights import WeightFiles, all_finite
 from ldm.lora import fitting, peft
 from ldm.lora.algebra import Change
 from ldm.lora.groups import Group, built, measured
-from ldm.lora.names import TAKE, TEXT_2, UNET, WORDS, flattened, is_original, other_form, other_model, parse
+from ldm.lora.names import (
+    TAKE,
+    TEXT_2,
+    TRANSFORMER,
+    UNET,
+    WORDS,
+    flattened,
+    is_original,
+    other_form,
+    other_model,
+    parse,
+)
 
 STYLES = {
     "kohya": "kohya's",
@@ -34,11 +45,14 @@ STYLES = {
     "diffusers": "diffusers'",
     "processors": "diffusers' old",
     "LyCORIS": "LyCORIS'",
+    "XLabs": "XLabs'",
 }
 NUMBERS = ("F64", "F32", "F16", "BF16")
 WHOLE = ("I64", "I32", "I16", "I8", "U8")  # of an alpha alone
 QUANTISED = re.compile(r"[IU][48]|F[48]_.+|F[48]")
 BUNDLED = re.compile(r"bundle_emb\.([^.]+)\..+")  # a learnt word that OneTrainer and A1111 keep in the same file
+WIDE = re.compile(r".+_(img|txt)_attn_qkv|.+_qkv_lora[12]?|.+_linear1|.+_attn_(to|add)_[qkv](_proj)?|.+_proj_mlp")
+WIDTHS = {1536: "Stable Diffusion 3", 2432: "Stable Diffusion 3.5 large"}  # whose blocks diffusers calls as FLUX's
 OWN = "base_model.model."  # before every name that PEFT by itself writes
 
 
@@ -65,9 +79,11 @@ class Lora:
     @property
     def format(self) -> str:
         """What it is, and in whose names: "a LoRA in kohya's names"."""
-        kinds = Counter("full change" if group.form == "full" else group.form for group in self.groups)
+        words = {"full": "full change", "new": "new norms"}
+        kinds = Counter(words.get(group.form, group.form) for group in self.groups)
         styles = {STYLES[group.style] for group in self.groups if group.form == "LoRA"} or {"LyCORIS'"}
-        original = " and original" if any(g.part == UNET and is_original(g.layer) for g in self.groups) else ""
+        authors = (group for group in self.groups if group.part in (UNET, TRANSFORMER) and group.style != "XLabs")
+        original = " and original" if any(is_original(group.layer) for group in authors) else ""
         forms = [kind for kind, _ in kinds.most_common()]
         return f"a {' with '.join(forms)} in {' and '.join(sorted(styles))}{original} names"
 
@@ -90,31 +106,51 @@ class Lora:
         return None
 
     @property
+    def width(self) -> int | None:
+        """How wide the transformer is that it changes, where it changes what reads that width."""
+        for group in self.groups:
+            if group.part == TRANSFORMER and WIDE.fullmatch("_" + flattened(group.layer)) and group.shape:
+                return math.prod(group.shape[1:])
+        return None
+
+    @property
+    def patch(self) -> int | None:
+        """How many numbers of a patch the first layer reads that it was trained with, where it changes that."""
+        first = ("img_in", "x_embedder")
+        found = (g.shape for g in self.groups if g.part == TRANSFORMER and g.layer in first and g.shape)
+        return next((shape[1] for shape in found if len(shape) == 2), None)
+
+    @property
     def made_for(self) -> str | None:
         """The family of models that it was made for, as far as the file tells: "SD 1.x"."""
+        if any(group.part == TRANSFORMER for group in self.groups):
+            return "FLUX" if self.width is None else WIDTHS.get(self.width) or fitting.family_of_flux(self.width)
         if self.context_width is not None:
             return CONTEXT_WIDTHS.get(self.context_width, f"a model whose text is {self.context_width} wide")
         said = self.metadata.get("ss_base_model_version", "") + self.metadata.get("modelspec.architecture", "")
         marks = (("sdxl", "SDXL"), ("xl-v1", "SDXL"), ("sd_v2", "SD 2.x"), ("diffusion-v2", "SD 2.x"))
         marks += (("sd_v1", "SD 1.x"), ("diffusion-v1", "SD 1.x"))
-        found = next((family for mark, family in marks if mark in said), None)
-        return found or ("SDXL" if any(group.part == TEXT_2 for group in self.groups) else None)
+        marks += (("flux", "FLUX.1"),)
+        found = next((family for mark, family in marks if mark in said.lower()), None)
+        second = [group.layer for group in self.groups if group.part == TEXT_2]
+        return found or (("FLUX.1" if "block" in second[0] else "SDXL") if second else None)
 
     def layers(self, part: str) -> int:
         """How many layers of a network it changes."""
         return sum(group.part == part for group in self.groups)
 
     def fit(self, networks: Mapping[str, nn.Module]) -> dict[str, dict[str, Change]]:
-        """What it changes of these networks, "unet" and "text_encoder" and "text_encoder_2": {part: {parameter: how}}.
+        """What it changes of these networks, by their names in a pipeline: {part: {parameter: how}}.
 
         Reads the numbers, in the file's own dtype, once it is known that every layer is there and of the right shape.
         Raises LDMError otherwise, and for numbers that are not finite.
         """
         places = fitting.places(self, networks)
         found: dict[str, dict[str, Change]] = {part: {} for part in networks}
-        for group, (part, layer) in places.items():
+        for group, own in places.items():
             for leaf, change in self.changes(group).items():
-                found[part][f"{layer}.{leaf}"] = change
+                for part, layer, rows in own:
+                    found[part][f"{layer}.{leaf}"] = change if rows is None else change.rows(rows)
         return {part: changes for part, changes in found.items() if changes}
 
     def changes(self, group: Group) -> dict[str, Change]:
@@ -172,7 +208,9 @@ def open_lora(path: str | Path, allow_pickle: bool = False) -> Lora:
     names = {key: parse(key) for key in entries}
     pefts = path.stem == "adapter_model" or any(key.startswith(OWN) for key in entries)
     configs = peft.read_configs(path, source.metadata, pefts)  # first: it names what other tensors are for
-    _refuse_others(path, entries, [key for key, name in names.items() if name is None])
+    unknown = [key for key, name in names.items() if name is None]
+    changes = any(name is not None and name.form != "new" for name in names.values())
+    _refuse_others(path, entries, unknown if changes else list(entries))
     if source.passed_over:
         raise LDMError(f"{path} holds more than tensors: {some(source.passed_over)}: take a safetensors file.")
     raw: dict[tuple[str, str], list[tuple]] = {}
@@ -209,8 +247,8 @@ def _refuse_others(path: Path, entries: Mapping[str, Entry], unknown: list[str])
     for key in entries:
         if model := other_model(key):
             raise LDMError(
-                f"{path} is a LoRA for {model}, by its tensor {key!r}: ldm draws with Stable Diffusion 1, 2 and XL; "
-                "take one that was made for these."
+                f"{path} is a LoRA for {model}, by its tensor {key!r}: ldm draws with Stable Diffusion 1, 2 and XL "
+                "and FLUX.1; take one that was made for these."
             )
     if len(unknown) == len(entries):
         kind = other_kind(unknown, model=False)
@@ -238,14 +276,15 @@ def _refuse_others(path: Path, entries: Mapping[str, Entry], unknown: list[str])
 
 def _group(path: Path, source: WeightFiles, members: list[tuple]) -> Group:
     """One layer's factors, checked against each other, with its alpha if there is one."""
-    first = next((name for _, name in members if name.role != "alpha"), members[0][1])
+    names = [name for _, name in members if name.role != "alpha"]
+    first = next((name for name in names if name.role != "diff_b"), next(iter(names), members[0][1]))
     keys: dict[str, str] = {}
     for key, name in members:
         if name.role in keys:
             raise LDMError(
                 f"{path} says twice what {first.layer!r} is: {keys[name.role]!r} and {key!r}; leave one of them out."
             )
-        if name.form not in ("", first.form):
+        if name.form not in ("", first.form) and (name.role != "diff_b" or first.form == "new"):
             raise LDMError(
                 f"{path} mixes two forms for {first.layer!r}, {first.form} and {name.form} ({key!r}): leave one out."
             )

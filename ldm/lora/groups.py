@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from ldm.errors import LDMError
-from ldm.lora.algebra import Change, Full, Hadamard, Kronecker, LowRank, Shift
+from ldm.lora.algebra import Change, Full, Hadamard, Kronecker, LowRank, New, Shift
 
 Shape = tuple[int, ...]
 NORMS = ("w_norm", "b_norm")
@@ -14,9 +14,9 @@ NORMS = ("w_norm", "b_norm")
 class Group:
     """What a file holds for one layer.
 
-    part     the network: "unet", "text_encoder" or "text_encoder_2"
+    part     the network: "unet", "transformer", "text_encoder" or "text_encoder_2"
     layer    the layer, as the file calls it
-    form     "LoRA", "LoHa", "LoKr" or "full"
+    form     "LoRA", "LoHa", "LoKr", "full" or "new": what takes a norm's gain's place
     style    whose names the factors have
     keys     each factor (`down`, `w1_a`, ...) -> its name in the file
     shapes   each factor's shape
@@ -45,7 +45,7 @@ def measured(group: Group) -> tuple[int | None, Shape | None]:
     """(rank, the change's shape) of a group. Raises LDMError, without the file's name, if the factors don't go
     together: one is missing or too many, ranks differ, or are larger than the layer itself.
     """
-    measure = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr, "full": _full}[group.form]
+    measure = {"LoRA": _lora, "LoHa": _loha, "LoKr": _lokr, "full": _full, "new": _new}[group.form]
     for role, shape in group.shapes.items():
         if 0 in shape or (role != "alpha" and not shape):
             raise LDMError(f"{group.keys[role]!r} is of the empty shape {shape}")
@@ -76,14 +76,18 @@ def built(group: Group, factors: dict) -> dict[str, Change]:
     """Which of a layer's parameters changes ("weight", "bias") -> how, made of the factors."""
     factors = dict(factors)
     factors.pop("alpha", None)
+    if group.form == "new":
+        return {"weight": New(factors["new"])}
     if group.form == "full":
         roles = {"weight": ("diff", "w_norm"), "bias": ("diff_b", "b_norm")}
         kinds = {"weight": Full, "bias": Shift}
         return {leaf: kinds[leaf](factors[role]) for leaf in roles for role in roles[leaf] if role in factors}
-    shift = factors.pop("shift", None)
+    shift, diff_b = factors.pop("shift", None), factors.pop("diff_b", None)
     if group.form == "LoKr":
         factors["said_rank"] = group.rank
     change = {"LoRA": LowRank, "LoHa": Hadamard, "LoKr": Kronecker}[group.form](**factors, alpha=group.alpha)
+    if diff_b is not None:  # ComfyUI writes a bias' change beside the factors, and doesn't scale it by their alpha
+        return {"weight": change, "bias": Shift(diff_b)}
     return {"weight": change} if shift is None else {"weight": change, "bias": Shift(shift, change.scale)}
 
 
@@ -139,7 +143,7 @@ def _core(group: Group, role: str, rows: int, columns: int) -> Shape:
 
 def _lora(group: Group) -> tuple[int, Shape]:
     _need(group, "down", "up")
-    _only(group, "down", "up", "mid", "shift")
+    _only(group, "down", "up", "mid", "shift" if "shift" in group.shapes else "diff_b")
     (outputs, rank), down = _matrix(group, "up"), _kernel(group, "down")
     _equal(group, "ranks", down[0], rank)
     if "shift" in group.shapes and group.shapes["shift"] != (outputs,):
@@ -154,7 +158,7 @@ def _loha(group: Group) -> tuple[int, Shape]:
     cores = {"t1", "t2"} & group.shapes.keys()
     if cores:
         _need(group, "t1", "t2")
-    _only(group, "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
+    _only(group, "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2", "diff_b")
     halves = [_half(group, *roles) for roles in (("w1_a", "w1_b", "t1"), ("w2_a", "w2_b", "t2"))]
     (rank, shape), (rank_2, shape_2) = halves
     _equal(group, "ranks", rank, rank_2)
@@ -187,7 +191,7 @@ def _lokr(group: Group) -> tuple[int | None, Shape]:
             raise LDMError(f"{group.layer!r} claims rank {rank:,}, which a side of shape {shape} can't have")
         ranks.append(rank)
         sides.append(shape)
-    _only(group, "w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+    _only(group, "w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "diff_b")
     _equal(group, "ranks", *ranks)
     left, right = sides
     if len(left) != 2:
@@ -198,3 +202,8 @@ def _lokr(group: Group) -> tuple[int | None, Shape]:
 def _full(group: Group) -> tuple[None, Shape | None]:
     _only(group, *(NORMS if NORMS[0] in group.keys or NORMS[1] in group.keys else ("diff", "diff_b")))
     return None, group.shapes.get("diff", group.shapes.get("w_norm"))
+
+
+def _new(group: Group) -> tuple[None, Shape]:
+    _only(group, "new")
+    return None, group.shapes["new"]

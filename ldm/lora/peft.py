@@ -13,7 +13,7 @@ from typing import Any
 from ldm.errors import LDMError
 from ldm.io.folders import parse_json, read_json
 from ldm.lora.groups import Group
-from ldm.lora.names import TEXT, TEXT_2, UNET
+from ldm.lora.names import WORDS
 
 KEY = "lora_adapter_metadata"  # where diffusers keeps it, in a safetensors file's metadata
 FILE = "adapter_config.json"  # where PEFT by itself does, beside its adapter_model.safetensors
@@ -101,13 +101,13 @@ def read_configs(path: Path, metadata: Mapping[str, str], pefts: bool) -> dict[s
         for name, value in said.items():
             part, _, field = name.partition(".")
             by_part.setdefault(part, {})[field] = value
-        return {part: _config(fields, place) for part, fields in by_part.items() if part in (UNET, TEXT, TEXT_2)}
+        return {part: _config(fields, place) for part, fields in by_part.items() if part in WORDS}
     beside = path.parent / FILE
     if pefts and beside.is_file():
         fields = read_json(beside)
         if not isinstance(fields, dict):
             raise LDMError(f"{beside} is no JSON object: take the file as it was saved.")
-        return dict.fromkeys((UNET, TEXT, TEXT_2), _config(fields, str(beside)))
+        return dict.fromkeys(WORDS, _config(fields, str(beside)))
     return {}
 
 
