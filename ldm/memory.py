@@ -2,6 +2,7 @@
 
     memory.offload(pipe, "cuda")                  only the part at work is on the device: the UNet while the loop runs
     memory.offload(pipe, "cuda", by="blocks")     only the block at work: the least memory, and the slowest
+                                                  (`ldm.load(..., mapped=True)`: both straight from the files)
     memory.restore(pipe)                          everything as it was before
     memory.slice_attention(pipe, 512)             512 positions look at once
     memory.slice_vae(pipe)                        the VAE takes one picture of a batch after the other
@@ -21,14 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import LDMError, say_on_stderr
+from ldm.io.weights import Mapped
 from ldm.models.blocks import Attention, Downsample, ResnetBlock, TimestepMLP, TransformerBlock, Upsample
+from ldm.models.flux import DoubleBlock, Modulation, SingleBlock
 from ldm.models.vae import VAE
+from ldm.text import t5
 from ldm.text.clip import Layer, TextEmbeddings, VisionEmbeddings
 
 # What is brought to the device in one piece when a model is offloaded by blocks; what lies outside them comes alone.
 # The embeddings are here because they read a weight of a module inside them without calling it.
 BLOCKS = (
-    ResnetBlock, TransformerBlock, Attention, Downsample, Upsample, TimestepMLP, Layer, TextEmbeddings, VisionEmbeddings
+    ResnetBlock, TransformerBlock, Attention, Downsample, Upsample, TimestepMLP, Layer, TextEmbeddings,
+    VisionEmbeddings, DoubleBlock, SingleBlock, t5.Block,
 )  # fmt: skip
 
 
@@ -93,16 +98,21 @@ def offload(
 ) -> None:
     """Keep the weights on the CPU, and bring to `device` what is at work: `by` "parts" or "blocks". Bit for bit equal.
 
-    parts     A text encoder, the UNet or the VAE comes whole when it begins, and leaves when another begins. Decoding
-              between steps therefore swaps UNet and VAE every time. `others`, ControlNets, stay beside the UNet (one
-              that is not named here is left on the device where it was loaded to).
+    parts     A text encoder, the UNet or transformer, or the VAE comes whole when it begins, and leaves when another
+              begins. Decoding between steps therefore swaps UNet and VAE every time. `others`, ControlNets, stay
+              beside the UNet (one that is not named here is left on the device where it was loaded to).
     blocks    A ResNet block, a transformer block or a layer comes for the one call and leaves after it, and so in every
               step: memory for the largest block, and the time to send the whole model once a step.
 
+    FLUX's modulations, a quarter of its weights, come for the one call either way: `Flux.prepare` asks them once, for
+    all steps of a run, and after it they are not there. (A sampler that asks between two rows calls them again.)
+
     The weights on the CPU stay there all the while, and copies go; so nothing is sent back, and a run that breaks off,
     with an error or with Ctrl-C, leaves the weights whole. For CUDA they are moved to page-locked memory, from which
-    they are sent faster, unless `pin` is False. By parts, the last part stays on the device when a run has ended, and a
-    weight that is changed there (a LoRA put in) is forgotten with its copy: call `send_home` first. Not for training.
+    they are sent faster, unless `pin` is False; what `ldm.load(..., mapped=True)` left in its files stays there, and is
+    read from the disk whenever it comes, or from what the system still has of it. By parts, the last part stays on the
+    device when a run has ended, and a weight that is changed there (a LoRA put in) is forgotten with its copy: call
+    `send_home` first. Not for training.
 
     Raises LDMError for another `by`.
     """
@@ -111,14 +121,15 @@ def offload(
     restore(pipe)
     device = torch.device(device)
     named = dict(pipe.parts())
-    loop = [*([named.pop("unet")] if "unet" in named else []), *others]
+    loop = [*(named.pop(name) for name in ("unet", "transformer") if name in named), *others]
     stage = Stage(device, [*([part] for part in named.values()), loop])
     pin = pin and device.type == "cuda"
     for part in stage.origins:
         part.to("cpu")
         pin = pin and pin_memory(part)
+        brief = asked_once(part)
         for module, needs in (whole_part(part) if by == "parts" else blocks_of(part)).items():
-            module.forward = AtWork(module.forward, stage, needs, part, leave=by == "blocks")
+            module.forward = AtWork(module.forward, stage, needs, part, leave=by == "blocks" or module in brief)
     pipe.where = device
 
 
@@ -221,6 +232,9 @@ class AtWork:
             for each in missing:
                 each.come(self.stage.device)
             return self.forward(*args, **kwargs)
+        except BaseException:  # by parts, the part of a modulation is there
+            self.stage.clear()
+            raise
         finally:
             for each in missing:
                 each.go()
@@ -240,34 +254,46 @@ def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def sent(home: Tensor, device: torch.device) -> Tensor:
-    """A copy of a weight on the device; the weight itself, if it is there."""
-    copy = home.detach().to(device, non_blocking=True)  # nobody waits: the weight at home lives on, unchanged
+    """A copy of a weight on the device; the weight itself, if it is there and not in a file."""
+    # Nobody waits: the weight at home lives on, unchanged.
+    copy = home.detach().to(device, non_blocking=True, copy=isinstance(home, Mapped))
     return nn.Parameter(copy, requires_grad=False) if isinstance(home, nn.Parameter) else copy
 
 
 def whole_part(part: nn.Module) -> dict[nn.Module, list[Weights]]:
     """Every module at which the part's work may begin (`UNet.prepare` never calls the UNet itself): it needs all."""
-    every = [Weights(module) for module in part.modules() if own_tensors(module)]
-    return {module: every for module in part.modules() if next(module.parameters(), None) is not None}
+    brief = asked_once(part)
+    own = {module: Weights(module) for module in part.modules() if own_tensors(module)}
+    every = [weights for module, weights in own.items() if module not in brief]
+    needs = {module: every for module in part.modules() if next(module.parameters(), None) is not None}
+    return needs | {module: [own[module]] for module in brief}
+
+
+def asked_once(part: nn.Module) -> set[nn.Module]:
+    """The layers that only `prepare` calls: FLUX's modulations."""
+    return {each.linear for each in part.modules() if isinstance(each, Modulation)}
 
 
 def blocks_of(part: nn.Module) -> dict[nn.Module, list[Weights]]:
     """What is called -> what it needs: a block all that is inside it, and any other module what is its own."""
+    brief = asked_once(part)
     own = {module: Weights(module) for module in part.modules() if own_tensors(module)}
     needs = {module: [weights] for module, weights in own.items()}
     for block in part.modules():
         if isinstance(block, BLOCKS):
-            needs[block] = [own[module] for module in block.modules() if module in own]
+            needs[block] = [own[module] for module in block.modules() if module in own and module not in brief]
     return needs
 
 
 def pin_memory(part: nn.Module) -> bool:
     """Move a part's weights to page-locked memory, one at a time; False, with a line on stderr, if there is too little.
 
-    What was moved before that stays there: it serves as well.
+    Those that lie in their files stay there. What was moved before that stays there: it serves as well.
     """
     for module in part.modules():
         for name, tensor in own_tensors(module):
+            if isinstance(tensor, Mapped):
+                continue
             try:
                 pinned = tensor.detach().pin_memory()
             except RuntimeError as error:

@@ -21,7 +21,7 @@ from tiny import DEFAULTS, SIZE, plant, tiny_model
 
 import ldm
 from ldm import loading
-from ldm.cli import inside, main, options, plan, schedule, train
+from ldm.cli import inside, jobs, main, options, schedule, train
 from ldm.cli.record import pixel_hash
 from ldm.io.folders import folder_hash
 from ldm.io.png import read_settings, save_png
@@ -207,7 +207,7 @@ def test_names_in_a_folder_tell_prompts_apart():
         "x" * 301,
         "家" * 90,
     ]
-    found = [plan.slug(prompt) for prompt in alike]
+    found = [jobs.slug(prompt) for prompt in alike]
     assert found[0] == "a-red-house" and len(set(found)) == len(alike)
     assert all(0 < len(name.encode()) < 100 and "/" not in name for name in found)
 

@@ -23,6 +23,7 @@ from ldm.cli import (
     inspect,
     merge,
     parity,
+    plan,
     rerun,
     samplers,
     schedule,
@@ -47,6 +48,7 @@ COMMANDS = (
     inspect,
     convert,
     merge,
+    plan,
     doctor,
     parity,
 )  # `ldm --help` has this order

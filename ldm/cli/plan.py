@@ -1,133 +1,171 @@
-"""Which pictures a command line asks for, where each will lie, and whether it lies there already."""
+"""`ldm plan`: what a picture takes of memory in every way of running a model, and the way that fits."""
 
-import hashlib
-import os
+import argparse
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ldm.cli.record import differences, read_record
-from ldm.errors import LDMError
-from ldm.io.atomic import check_writable
-from ldm.io.png import read_settings
+from ldm.cli.options import add_model, one_of, whole
 
-LONGEST_NAME = 80  # bytes of a prompt in a file's name; some file systems end at 143 bytes
+if TYPE_CHECKING:
+    from ldm.planned import Need, Planned, Way
 
+HELP = """Tell what a model needs of memory before anything of it is loaded, or even there: station by station, in every
+way of running it, which of them fit, and the line that takes the best one.
 
-@dataclass(frozen=True)
-class Job:
-    """One picture to be drawn. `named`: the user chose the very name, and not only the folder."""
+  ldm plan --model flux-dev --memory 16G
+  ldm plan --model sdxl --width 1024 --height 1024 --batch 4
+  ldm plan --model FOLDER --device cpu
 
-    prompt: str
-    seed: int
-    path: Path
-    named: bool
+Beside what `ldm generate` takes, --model may name an architecture: sd15, sdxl, flux-schnell, flux-dev ... Weights are
+counted; what is computed beside them is counted on networks without numbers, and was measured to be within a fifth.
 
+Exit status: 0 something fits, 1 nothing does."""
 
-def read_prompts(path: str) -> list[str]:
-    """One prompt a line; empty lines and lines that begin with # are passed over."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise LDMError(f"Cannot read the prompts in {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise LDMError(
-            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8, one prompt a line."
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not prompts:
-        raise LDMError(f"There is no prompt in {path}: write one a line.")
-    return list(dict.fromkeys(prompts))  # a prompt that stands there twice is one picture
+UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+DEVICES = ("cuda", "cpu")
 
 
-def plan(prompts: list[str], seeds: range, out: str | None, many: bool) -> list[Job]:
-    """Name the file of every picture. `many`: the prompts come from a file, so `out` can only be a folder.
-
-    `out` "name.png" is the picture itself, or name-SEED.png for several seeds; any folder takes PROMPT-SEED.png.
-    """
-    folder = Path(out or (".", "pictures")[many])
-    if out is not None and not is_folder(out):
-        if many and folder.suffix.lower() == ".png":
-            raise LDMError(f"--prompts draws many pictures: give --out a folder, not {out}.")
-        if not many:
-            if folder.suffix.lower() != ".png" or folder.stem.startswith("."):
-                raise LDMError(f"--out {out} must end in .png, or in / for a folder.")
-            names = {s: folder if len(seeds) == 1 else folder.with_name(f"{folder.stem}-{s}.png") for s in seeds}
-            return [Job(prompts[0], seed, names[seed], named=True) for seed in seeds]
-    return [Job(p, seed, folder / f"{slug(p)}-{seed}.png", named=False) for p in prompts for seed in seeds]
+def size(text: str) -> int:
+    """The kind of option that is an amount of memory: 16G, 16 GiB, 500M, or so many bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"must be an amount of memory such as 16G, not {text!r}")
+    return int(float(match[1]) * UNITS[match[2].lower()])
 
 
-def is_folder(out: str) -> bool:
-    return out.endswith(("/", os.sep)) or Path(out).is_dir()
+def add(commands: "argparse._SubParsersAction") -> None:
+    p = commands.add_parser("plan", help="what a model needs of memory, before anything loads", description=HELP)
+    p.set_defaults(run=run, parser=p)
+    add_model(p)
+    p.add_argument(
+        "--memory", type=size, metavar="SIZE", help="what there is: 16G, 500M (default: what is free of this machine's)"
+    )
+    p.add_argument(
+        "--device", type=one_of(DEVICES), metavar="NAME", help="cuda, a card of its own, or cpu (default: cuda where "
+        "there is one, or where --memory is said)",
+    )  # fmt: skip
+    p.add_argument("--width", type=whole(1), metavar="PX", help="of the picture (default: the model's)")
+    p.add_argument("--height", type=whole(1), metavar="PX")
+    p.add_argument("--batch", type=whole(1), default=1, metavar="N", help="pictures at once (default: 1)")
+    p.add_argument("--steps", type=whole(1), metavar="N", help="of the run: of FLUX's some vectors of each are kept")
+    p.add_argument("--json", action="store_true", help="the same for a program, in bytes")
 
 
-def slug(prompt: str) -> str:
-    """A prompt as part of a file's name: "a red house" -> "a-red-house".
+def run(args: argparse.Namespace) -> int:
+    from ldm.planned import plan
 
-    What that loses (signs, capitals, the end of a long prompt) is made up for by eight digits of a hash, so that two
-    prompts never share a name.
-    """
-    name = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
-    name = name.encode()[:LONGEST_NAME].decode(errors="ignore").rstrip("-")
-    if name and name.replace("-", " ") == prompt:
-        return name
-    return "-".join(filter(None, (name, hashlib.sha256(prompt.encode()).hexdigest()[:8])))
+    device = args.device or find_device(args.memory is not None)
+    memory = free(device) if args.memory is None else args.memory
+    planned = plan(args.model, args.width, args.height, args.batch, args.steps)
+    best = planned.best(device, memory)
+    print(json.dumps(as_json(planned, device, memory), indent=2) if args.json else page(planned, device, memory))
+    return 0 if best else 1
 
 
-def prepare(jobs: list[Job], overwrite: bool) -> None:
-    """Before anything is drawn: make the folder if we named the files, and see that every file can be written."""
-    if not jobs[0].named:
-        make_folder(jobs[0].path.parent)
-        check_writable(jobs[0].path)
-    for job in jobs if jobs[0].named else ():
-        prepare_file(job.path, overwrite)
+def find_device(told: bool) -> str:
+    """The device that is planned for, if none is named: a card where there is one, or where memory was named."""
+    import torch
+
+    return "cuda" if told or torch.cuda.is_available() else "cpu"
 
 
-def prepare_file(path: Path, overwrite: bool) -> None:
-    """See that a name the user chose can be written, and that nothing is lost: what ldm drew, it can draw again."""
-    if path.suffix.lower() != ".png":
-        raise LDMError(f"Cannot write {path}: only PNG keeps the settings; give it a name that ends in .png.")
-    check_writable(path)
-    if path.exists() and not overwrite:
-        try:
-            read_record(path)
-        except LDMError as error:
-            raise LDMError(
-                f"{path} is there already and was not drawn by ldm: choose another --out, or say --overwrite."
-            ) from error
+def free(device: str) -> int:
+    """Bytes that are free now. Raises LDMError where they can't be told."""
+    import torch
+
+    from ldm.doctor.machine import ram
+    from ldm.errors import LDMError
+
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    found = ram() if device == "cpu" else None
+    if found is None:
+        raise LDMError(f"What memory {device} has can't be told here: say --memory, such as 16G.")
+    return found.available
 
 
-def prepare_sheet(path: Path, mark: str, overwrite: bool = False) -> None:
-    """The same for a sheet about pictures, whose PNG holds the word `mark`: only such a one is replaced."""
-    prepare_file(path, overwrite=True)
-    if path.exists() and not overwrite:
-        try:
-            ours = mark in read_settings(path)
-        except LDMError:
-            ours = False
-        if not ours:
-            raise LDMError(f"{path} is there already and is no such sheet of ldm's: choose another name.")
+# ------------------------------------------------------------------------------------------------ what is printed
 
 
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LDMError(f"Cannot make the folder {folder}: {error.strerror}; choose another place.") from error
+def page(planned: "Planned", device: str, memory: int) -> str:
+    """The table, what is to be known of it, and the line to take."""
+    pictures = "1 picture" if planned.batch == 1 else f"{planned.batch} pictures"
+    where = "a card's memory" if device == "cuda" else "the processor's memory"
+    head = f"{planned.model}: {pictures} of {planned.width}x{planned.height}, {planned.steps} steps"
+    lines = [f"{head}; GiB of {where}, {gib(memory)} there", ""]
+    needs, names = planned.needs(device), list(planned.counts)
+    widths = [max(len(name), 6) for name in names]
+    left = max(len(way.name) for way in needs)
+    titles = "  ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    lines.append(f"  {'':{left}}  {titles}  at most")
+    for way, need in needs.items():
+        cells = "  ".join(f"{gib(need.stations[n]):>{width}}" for n, width in zip(names, widths, strict=True))
+        lines.append(f"{'*' if need.peak <= memory else ' '} {way.name:{left}}  {cells}  {gib(need.peak):>7}")
+    return "\n".join([*lines, "", *notes(planned, device), "", *advice(planned, needs, device, memory)])
 
 
-def obstacle(path: Path, wanted: dict, names: Sequence[str]) -> str | None:
-    """Why the file at `path` is not the picture that `wanted` records; None if it is."""
-    try:
-        different = differences(read_record(path), wanted, names)
-    except LDMError:
-        return f"{path} was not drawn by ldm"
-    return f"{path} was drawn with other settings ({'; '.join(different)})" if different else None
+def notes(planned: "Planned", device: str) -> list[str]:
+    """What the ways do, of those that are offered."""
+    said = ["* fits."]
+    late = sum(count.modulations for count in planned.counts.values())
+    if device == "cuda":
+        said[0] += " Parts in turn, and blocks, come from the files on the disk as they are needed."
+    if late and device == "cuda":
+        said.append(
+            f"Modulations, {gib(2 * late)} of the transformer in bfloat16, come once a run, and are never there."
+        )
+    said.append("8 and 4 bits change the picture a little; everything else is exact for its type.")
+    return said
 
 
-def batches(jobs: list[Job], most: int) -> list[list[Job]]:
-    """Jobs that are drawn together: of one prompt, with seeds that follow each other, at most `most`."""
-    runs = [list(g) for _, g in groupby(enumerate(jobs), key=lambda pair: (pair[1].prompt, pair[1].seed - pair[0]))]
-    return [[job for _, job in run[i : i + most]] for run in runs for i in range(0, len(run), most)]
+def advice(planned: "Planned", needs: "dict[Way, Need]", device: str, memory: int) -> list[str]:
+    """The line that takes the best way; or what the least one lacks."""
+    best = planned.best(device, memory)
+    if best is None:
+        way = min(needs, key=lambda way: needs[way].peak)
+        lacks = f"Nothing fits: {way.name} takes least, {gib(needs[way].peak)} GiB."
+        return [f"{lacks} Draw smaller pictures (--width, --height), or fewer at once (--batch)."]
+    host = planned.host(best)
+    beside = f" It takes {gib(host)} GiB of the processor's memory beside." if host else ""
+    return [f"Take {best.name}.{beside}", f"  {command(planned, best, device)}"]
+
+
+def command(planned: "Planned", way: "Way", device: str) -> str:
+    """`ldm generate`, that way."""
+    words = ["ldm generate", '"a red house"', f"--model {quoted(planned.model)}"]
+    words += [f"--device {device}"] if device != "cpu" else []
+    words += [] if way.options == "--dtype float32" else [way.options]
+    words += [f"--width {planned.width} --height {planned.height}", f"--steps {planned.steps}"]
+    return " ".join([*words, *([f"--count {planned.batch} --batch {planned.batch}"] if planned.batch > 1 else [])])
+
+
+def quoted(word: str) -> str:
+    from ldm.doctor.lines import quoted
+
+    return quoted(word)
+
+
+def gib(bytes_: float) -> str:
+    return f"{bytes_ / 2**30:.1f}"
+
+
+def as_json(planned: "Planned", device: str, memory: int) -> dict:
+    best, needs = planned.best(device, memory), planned.needs(device)
+    ways = [
+        {"way": way.name, "options": way.options, "fits": need.peak <= memory, "host": planned.host(way)}
+        | need._asdict()
+        for way, need in needs.items()
+    ]
+    return {
+        "model": planned.model,
+        "width": planned.width,
+        "height": planned.height,
+        "batch": planned.batch,
+        "steps": planned.steps,
+        "device": device,
+        "memory": memory,
+        "ways": ways,
+        "best": best and best.name,
+        "command": best and command(planned, best, device),
+    }

@@ -16,9 +16,10 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ldm.errors import LDMError
+from ldm.errors import LDMError, bytes_in_words, say_on_stderr
 from ldm.io.atomic import atomic_file
 from ldm.io.folders import AGAIN, some
 from ldm.io.headers import Entry, is_pickle, read_header
@@ -128,6 +129,14 @@ def blank() -> Iterator[None]:
         yield
 
 
+class Mapped(nn.Parameter):
+    """A weight that lies in its file: a window on it, read by the system as it is used, and no memory of its own.
+
+    Writing into it changes a private copy of the page and not the file. A file that is cut short while such a weight
+    lives ends the process: it is replaced as `ldm` replaces files, by renaming.
+    """
+
+
 class _NoInitialisation(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", "") == "torch.nn.init":
@@ -141,16 +150,24 @@ def load_weights(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     rename: Callable[[str], str | None] | None = None,
+    mapped: bool = False,
 ) -> torch.nn.Module:
     """Fill a model that was built under `blank()`, and return it in eval mode, without gradients.
 
     Each tensor is cast to `dtype` as it is read (integers stay as they are). `rename` maps a name in the file to the
     model's, or to None if it is known and not needed. Two names of the file may map to one (tied weights), if the two
     tensors are equal. Names, types and shapes are compared before a single number is read.
+    `mapped`: weights that are of `dtype` in the file stay there (`Mapped`), and take no memory but what the system can
+    take back; the others are cast into memory, which a line on stderr says. All are read once, for the check.
     Raises LDMError for names missing, left over or doubled, wrong shapes or types, numbers that are not finite.
     """
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be a float type, not {dtype}")
+    if mapped and torch.device(device).type != "cpu":
+        raise LDMError(
+            f"Weights that stay in their files are on the CPU's side: load them for the CPU, not for {device}, and let "
+            "ldm.memory.offload bring them there as they are needed."
+        )
     source = WeightFiles(source) if isinstance(source, str | os.PathLike | Sequence) else source
     rename = rename or (lambda name: name)
     expected = _expected(model)
@@ -159,12 +176,21 @@ def load_weights(
     refuse_misfits(f"{source.place} does not fit the model {type(model).__name__}", expected, found)
 
     state: dict[str, torch.Tensor] = {}
+    parameters, copied = dict(model.named_parameters()), 0
     for name, key in sorted(ours.items()):
         path = source.entries[name].path
-        tensor = _cast(source.read(name), dtype, device, f"{path}: {name!r}")
+        tensor = source.read(name)
+        stays = mapped and tensor.dtype == dtype and tensor.is_contiguous() and key in parameters
+        tensor = _cast(tensor, dtype, device, f"{path}: {name!r}", copy=not stays)
         if key in state and not torch.equal(state[key], tensor):
             raise LDMError(f"{path}: {name!r} is a second {key!r}, with other numbers; do not trust this file.")
-        state[key] = tensor
+        state[key] = Mapped(tensor, requires_grad=False) if stays else tensor
+        copied += 0 if stays else tensor.nbytes
+    if mapped and copied > sum(tensor.nbytes for tensor in state.values()) / 10:
+        say_on_stderr(
+            f"{source.place}: {bytes_in_words(copied)} of {_short(dtype)} are kept in memory, for the file holds "
+            "another type: ldm convert --dtype makes files whose weights can stay there."
+        )
     model.load_state_dict(state, strict=True, assign=True)
     left = [n for named in (model.named_parameters(), model.named_buffers()) for n, t in named if t.is_meta]
     if left:
@@ -181,12 +207,14 @@ def _expected(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype, device: str | torch.device, what: str) -> torch.Tensor:
+def _cast(
+    tensor: torch.Tensor, dtype: torch.dtype, device: str | torch.device, what: str, copy: bool = True
+) -> torch.Tensor:
     """A copy in memory of its own (a tensor that is a window on a file breaks with the file), of finite numbers."""
     if not tensor.is_floating_point():
         return tensor.to(device, copy=True)
     # Contiguous: a transposed view would be copied as one, and multiply in another order.
-    cast = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    cast = tensor.to(device, dtype, copy=copy, memory_format=torch.contiguous_format)
     if not all_finite(cast):
         nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
         if nan or infinite:
