@@ -19,12 +19,14 @@ STAGES = {
 DEPTH_READER = "the network that tells the depth in a picture, by which a ControlNet of depth is judged"
 CONTROLNET = "a ControlNet for a finished model, which draws by edges or by depth"
 LORA = "a LoRA for a finished model, which brings it a style"
+FLOW = "a small FLUX (flow matching), which reads the words and draws the latents of a finished model"
 WORD = "a word for a finished model: vectors for what it has no word for (textual inversion)"
 MODULES = {"depth-reader": "depth_reader", "word": "inversion"}  # where a stage's module has another name
 NEEDS = {"unet": ("vae", "clip")}
 BEGINS_FROM = {  # what --init reads
     "vae": ("vae/diffusion_pytorch_model.safetensors",),
     "unet": ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"),
+    "flow": ("transformer/diffusion_pytorch_model.safetensors",),
 }
 LORA_HELP = """Train a LoRA: small changes beside a finished model's layers, which bring it a style.
 
@@ -34,6 +36,14 @@ LORA_HELP = """Train a LoRA: small changes beside a finished model's layers, whi
 The pictures are drawn by ldm.scenes, and captions don't name their style. To train on pictures of your own, call
 ldm.train.lora.train(folder, Recipe(...), of=...) in Python, whose `of` gives pictures and captions. What the recipe
 says where an option is left out stands in ldm.train.lora.Recipe."""
+FLOW_HELP = """Train a small FLUX: a transformer that predicts which way a latent flows from noise to a picture.
+
+  ldm train flow --processes 2                                 an hour and a half on two cores
+  ldm train flow --to my-flow && ldm generate "a green boat on sand" --model my-flow
+
+Text encoder and VAE are those of a finished model (--base) and stay as they are; the folder that --to writes has the
+transformer alone, and names that model for the rest. What the recipe says where an option is left out stands in
+ldm.train.flow.Recipe."""
 WORD_HELP = """Train a word: vectors for what a finished model has no word for (textual inversion).
 
   ldm train word                                               <mushroom>, in some ten minutes
@@ -47,6 +57,7 @@ HELP = """Train the embedded model of scenes from nothing, or what is added to a
   ldm train all                      everything, in order: some hours on two cores
   ldm train vae --steps 200          one stage
   ldm train controlnet               one that draws by edges, for the embedded model; --condition depth for the other
+  ldm train flow                     a small FLUX for the embedded model's VAE and text encoder
   ldm train lora                     a style, neon light, for the embedded model
   ldm train word                     a word, <mushroom>, for the embedded model
   ldm train export --to my-model     put the parts together: a model folder for `ldm generate --model my-model`
@@ -65,6 +76,7 @@ def add(commands: "argparse._SubParsersAction") -> None:
     )
     add_depth_reader(stages.add_parser("depth-reader", help=DEPTH_READER, description=f"Train {DEPTH_READER}."))
     add_controlnet(stages.add_parser("controlnet", help=CONTROLNET, description=f"Train {CONTROLNET}."))
+    add_flow(stages.add_parser("flow", help=FLOW, description=FLOW_HELP))
     add_lora(stages.add_parser("lora", help=LORA, description=LORA_HELP))
     add_word(stages.add_parser("word", help=WORD, description=WORD_HELP))
     add_export(stages.add_parser("export", help="put the trained parts together as a model folder"))
@@ -122,6 +134,23 @@ def add_controlnet(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--to", metavar="DIR", help="write it there, in half precision, when it is trained: a model that is there is "
         "replaced, but for its card (default: only the run's folder has it)",
+    )  # fmt: skip
+
+
+def add_flow(p: argparse.ArgumentParser) -> None:
+    add_stage(p, "flow")
+    p.add_argument("--init", metavar="DIR", help="begin from the transformer of this model folder, not at random")
+    p.add_argument(
+        "--base", metavar="MODEL", help="the model whose text encoder and VAE it takes: a name or a folder (default: "
+        "scenes)",
+    )  # fmt: skip
+    p.add_argument(
+        "--precision", type=one_of(("bfloat16", "float32")),
+        help="what products are computed in: bfloat16 or float32 (default: the recipe's)",
+    )  # fmt: skip
+    p.add_argument(
+        "--to", metavar="DIR", help="write it there as a model folder, in half precision, when it is trained: a model "
+        "that is there is replaced, but for its card (default: only the run's folder has it)",
     )  # fmt: skip
 
 
@@ -217,7 +246,14 @@ def train_stage(stage: str, folder: Path, args: argparse.Namespace, device: str)
             raise LDMError(
                 f"{folder} has no trained {other} yet, which {stage} needs: `ldm train {other} --run {folder}`."
             )
-    from ldm.train.export import check_addition_place, check_controlnet_place, export_controlnet, export_depth_reader
+    from ldm.train.export import (
+        check_addition_place,
+        check_controlnet_place,
+        check_flow_place,
+        export_controlnet,
+        export_depth_reader,
+        export_flow,
+    )
 
     module = importlib.import_module(f"ldm.train.{MODULES.get(stage, stage)}")
     names = [field.name for field in fields(module.Recipe) if field.name != "device"]
@@ -225,11 +261,15 @@ def train_stage(stage: str, folder: Path, args: argparse.Namespace, device: str)
     recipe = replace(module.Recipe(), device=device, **{k: v for k, v in given.items() if v is not None})
     if stage == "controlnet" and args.to:
         check_controlnet_place(Path(args.to))
+    if stage == "flow" and args.to:
+        check_flow_place(Path(args.to))
     if stage in ("lora", "word") and args.to:
         check_addition_place(Path(args.to), module.FILE)
     module.train(folder, recipe, **({"name": args.name} if stage == "unet" else {}))
     if stage == "controlnet" and args.to:
         export_controlnet(folder / f"controlnet-{recipe.condition}" / "controlnet", Path(args.to))
+    if stage == "flow" and args.to:
+        export_flow(folder / "flow" / "transformer", Path(args.to), recipe.base)
     if stage == "depth-reader" and args.to:
         export_depth_reader(folder / stage, Path(args.to))
     if stage in ("lora", "word") and args.to:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import scenes
+from ldm.checkpoints.folder import home_of_parts
 from ldm.errors import LDMError
 from ldm.io.atomic import atomic_file
 from ldm.io.folders import folder_hash, read_json, write_json
@@ -91,9 +92,15 @@ def tally(verdicts: Iterable[dict[str, list[bool]]]) -> dict[str, Share]:
     return {question: Share(*count) for question, count in counts.items()}
 
 
+def travelling(model: Path, what: str) -> Path:
+    """The folder `<model>-<what>` beside a model; of one that takes another's parts (`scenes-flow`), beside that."""
+    own, home = model.with_name(f"{model.name}-{what}"), home_of_parts(model)
+    return own if own.exists() or home is None else home.with_name(f"{home.name}-{what}")
+
+
 def load_checker(model: Path) -> Checker:
-    """The checker that travels beside an embedded model, in `<model>-extras/checker`."""
-    path = model.with_name(model.name + "-extras") / "checker" / "checker.safetensors"
+    """The checker that travels beside an embedded model, or the model whose parts it takes, in `<model>-extras`."""
+    path = travelling(model, "extras") / "checker" / "checker.safetensors"
     if not path.exists():
         raise LDMError(f"There is no checker for {model}: {path} is missing, and only it can read the pictures.")
     with blank():

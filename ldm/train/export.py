@@ -1,5 +1,6 @@
 """Put what was trained together: a folder in diffusers' format, in half precision, that diffusers itself can load."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm import conditions, scenes
-from ldm.checkpoints.places import EMBEDDING, LORA
+from ldm.checkpoints.places import EMBEDDING, LORA, embedded, find_model
 from ldm.control import Control
 from ldm.convert.described import DIFFUSERS
 from ldm.errors import LDMError
@@ -18,6 +19,8 @@ from ldm.loading import load, load_controlnet
 from ldm.models.controlnet import ControlNetConfig
 from ldm.train.data import tiled
 from ldm.train.examples import unstyled
+from ldm.train.flow import SCHEDULER as FLOW
+from ldm.train.flow import TOKENS
 from ldm.train.parallel import leads
 from ldm.train.unet import SCHEDULER
 
@@ -32,6 +35,17 @@ INDEX = {
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+FLOW_INDEX = {
+    "_class_name": "FluxPipeline",
+    "_diffusers_version": DIFFUSERS,
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
@@ -114,6 +128,39 @@ def check_controlnet_place(target: Path) -> None:
     ours = config.is_file() and read_fields(config).get("_class_name") == ControlNetConfig.class_name
     if target.is_dir() and any(target.iterdir()) and not ours:
         raise LDMError(f"{target} holds something else than a ControlNet, and would be replaced: name another.")
+
+
+def export_flow(source: Path, target: Path, base: str, steps: int = 25, guidance: float = 4.0) -> None:
+    """Write a trained transformer as the model folder `target`, in fp16.
+
+    Its other parts are those of `base`: named in `ldm.json` where that is an embedded model, otherwise copied. A card
+    that stands there is carried over, with its pictures.
+    """
+    check_flow_place(target)
+    if not leads():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(target) as new:
+        copy_part(source, new / "transformer", "diffusion_pytorch_model")
+        (new / "scheduler").mkdir()
+        write_json(new / "scheduler" / "scheduler_config.json", {**FLOW, "_diffusers_version": DIFFUSERS})
+        write_json(new / "model_index.json", FLOW_INDEX)
+        drawn = {"steps": steps, "guidance": guidance, "width": 128, "height": 128, "max_sequence_length": TOKENS}
+        if base in embedded():
+            drawn = {"parts_of": base, **drawn}
+        else:
+            for part in ("tokenizer", "text_encoder", "vae"):
+                shutil.copytree(find_model(base) / part, new / part)
+        write_json(new / "ldm.json", drawn)
+        keep_card(target, new)
+    draw_samples(target)
+
+
+def check_flow_place(target: Path) -> None:
+    """Raise LDMError if something else than such a model stands there: before hours of training, not after them."""
+    ours = (target / "transformer").is_dir() and (target / "model_index.json").is_file()
+    if target.exists() and not ours and not (target.is_dir() and not any(target.iterdir())):
+        raise LDMError(f"{target} holds something else than such a model, and would be replaced: name another.")
 
 
 def check_addition_place(target: Path, mark: str) -> None:
