@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ldm.checkpoints.places import embedded
-from ldm.cli.train import train_stage
+from ldm.cli import main
 from ldm.errors import LDMError
 from ldm.io.folders import folder_hash
 from ldm.loading import load
@@ -137,7 +137,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_an_unbroken_one(run_folder, 
 
 def test_training_lowers_the_held_out_loss(run_folder, tmp_path, small):
     folder = fresh(run_folder, tmp_path / "run")
-    flow.train(folder, replace(RECIPE, steps=60, sheet_every=20, ema=0.5, lr=2e-2))
+    flow.train(folder, replace(RECIPE, steps=36, sheet_every=12, ema=0.5, lr=3e-2))
     lines = [json.loads(line) for line in (folder / "flow" / "log.jsonl").read_text().splitlines()]
     early, later, last = (line["held_out_loss"] for line in lines if "held_out_loss" in line)
     assert last < later < early and last < 0.9 * early
@@ -191,9 +191,25 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("three years")
     with pytest.raises(LDMError, match="holds something else than such a model, and would be replaced: name another"):
         export.check_flow_place(tmp_path)
-    assert train_stage  # the command asks before it trains: `ldm train flow --to`
+    line = ["train", "flow", "--run", str(tmp_path / "run"), "--to", str(tmp_path)]
+    assert main(line) == 1  # asked before it trains
+    assert not (tmp_path / "run" / "flow").exists() and (tmp_path / "thesis.txt").exists()
 
 
 def test_the_schedule_is_read_as_diffusers_wrote_it():
     config = ScheduleConfig.from_json(flow.SCHEDULER)
     assert (config.rule, config.prediction_type, config.sampler, config.shift) == ("flow", "flow", "euler", 1.0)
+
+
+def test_a_picture_s_record_tells_other_borrowed_parts_apart(run_folder, tmp_path, small, monkeypatch, capsys):
+    """scenes-flow draws with the VAE of "scenes": another one there is another model."""
+    folder = exported(run_folder, tmp_path)
+    shutil.copytree(embedded()["scenes"], tmp_path / "scenes")
+    monkeypatch.chdir(tmp_path)
+    line = ["generate", "a red house", "--model", str(folder), "--steps", "1", "--out", "a.png"]
+    assert main(line) == 0 and main(["rerun", "a.png", "--out", "b.png"]) == 0
+    assert "model_hash" not in capsys.readouterr().out
+    config = tmp_path / "scenes" / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"sample_size": 128', '"sample_size": 64'))
+    main(["rerun", "a.png", "--out", "c.png"])
+    assert "model_hash" in capsys.readouterr().out
