@@ -408,7 +408,8 @@ def test_the_prompts_are_those_on_which_tokenizers_part():
 
 def test_every_sampler_has_its_class():
     assert THEIRS.keys() == SAMPLERS.keys()
-    assert set(walk.PARTS) == {"weights", "tokenizer", "text", "vae", "unet", "controlnet", "samplers", "pipelines"}
+    known = {"weights", "tokenizer", "text", "vae", "unet", "transformer", "controlnet", "samplers", "pipelines"}
+    assert set(walk.PARTS) == known
 
 
 # ---------------------------------------------------------------------------------------------------- reports

@@ -568,7 +568,7 @@ def test_what_cannot_be_asked_is_refused_with_a_sentence(pipe):
         for _ in range(2):
             pipe(PROMPT, steps=1, **SIZE)
     refused = [
-        (lambda: nothing.map(4), r"^Nothing was recorded: no call of this pipeline's UNet"),
+        (lambda: nothing.map(4), r"^Nothing was recorded: no call of this pipeline's network"),
         (lambda: twice.map(4), r"^2 runs were watched: say which is meant \(run=0 to run=1\)"),
         (lambda: twice.map(4, run=2), r"^Run 2 asked for, but 2 watched: counted from 0"),
         (lambda: seen.map(77), r"^Token 77 asked for, but unet\.down_blocks\.0.* knows 77: 0 to 76"),

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def run_control(args: argparse.Namespace, pipe: "Pipeline") -> None:
-    from ldm.cli.plan import prepare_sheet
+    from ldm.cli.jobs import prepare_sheet
     from ldm.io.png import save_png
     from ldm.loading import load_controlnet
     from ldm.metrics.control import evaluate_control, report, scale_grid

@@ -44,7 +44,10 @@ the predicted picture, the attention to each word, and what guidance adds.
 The page is one file, and needs no network. Any of the options --with-... draws a second run and puts it beside the
 first: it is as the first one but for what they say."""
 
-SETTINGS = ("negative", *LEVELS, "guidance", "eta", "width", "height", "seed", "clip_skip", "dialect")
+SETTINGS = (
+    "negative", *LEVELS, "guidance", "eta", "width", "height", "seed", "clip_skip", "dialect", "true_guidance",
+    "max_sequence_length",
+)  # fmt: skip
 BESIDE = ("prompt", "seed", "negative", "steps", "sampler", "guidance", "dialect")  # what --with-... can change
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ldm.cli import added, additions, given, wishes
 from ldm.cli.draw import draw, explain
 from ldm.cli.inside import SHEET, Inside, other_run
+from ldm.cli.jobs import Job, batches, make_folder, obstacle, plan, prepare, prepare_sheet, read_prompts
 from ldm.cli.options import (
     LEVELS,
     MEMORY,
@@ -24,7 +25,6 @@ from ldm.cli.options import (
     said,
     whole,
 )
-from ldm.cli.plan import Job, batches, make_folder, obstacle, plan, prepare, prepare_sheet, read_prompts
 from ldm.cli.record import DECIDES, make_record, pixel_hash, told_of_additions, told_of_memory, told_of_reading
 from ldm.errors import LDMError
 from ldm.io.png import save_png
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # Options that `ldm.settings.choose_settings` knows.
 SETTINGS = (
     "negative", *LEVELS, "guidance", "eta", "width", "height", "strength", "steps_are", "image_guidance", "noise_level",
-    "sizes", "negative_sizes", "dialect",
+    "sizes", "negative_sizes", "dialect", "true_guidance", "max_sequence_length",
 )  # fmt: skip
 MOST_PIXELS = 16_384  # along a side: beyond it is a slip of the finger, and would only eat the memory
 
@@ -99,14 +99,23 @@ def add_settings(p: "argparse._ArgumentGroup") -> None:
         "--guidance",
         type=real(),
         metavar="SCALE",
-        help="how strongly the prompt counts; 1 or less: not guided, as Turbo models are drawn",
+        help="how strongly the prompt counts; 1 or less: not guided, as Turbo models are drawn. FLUX.1-dev is told it "
+        "as a number instead, 3.5 if left out",
     )
+    p.add_argument(
+        "--true-guidance", type=real(), metavar="SCALE", help="of FLUX.1-dev and its kin, which are told --guidance: "
+        "guide away from --negative, as other models do; above 1 a step takes twice the time",
+    )  # fmt: skip
+    p.add_argument(
+        "--max-sequence-length", type=whole(1), metavar="N", help="of FLUX: how many tokens of the prompt are read (if "
+        "left out 512, by schnell 256)",
+    )  # fmt: skip
     add_levels(p)
     p.add_argument(
         "--eta", type=real(0, 1), help="noise on the way, 0 to 1, of ddim (0 if left out) and tcd (0.3 if left out)"
     )
-    p.add_argument("--width", type=whole(1, MOST_PIXELS), metavar="PIXELS", help="a multiple of 8")
-    p.add_argument("--height", type=whole(1, MOST_PIXELS), metavar="PIXELS", help="a multiple of 8")
+    p.add_argument("--width", type=whole(1, MOST_PIXELS), metavar="PIXELS", help="a multiple of 8 (of FLUX, 16)")
+    p.add_argument("--height", type=whole(1, MOST_PIXELS), metavar="PIXELS", help="a multiple of 8 (of FLUX, 16)")
     p.add_argument(
         "--clip-skip", type=whole(0), default=0, metavar="N", help="last layers of the text encoder to leave out"
     )

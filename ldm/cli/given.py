@@ -64,7 +64,7 @@ class Given:
         """How many steps an enlarged picture is refined by."""
         from ldm.settings import run_of
 
-        return run_of(settings.steps, self.refine) if "enlarge" in self.wish else 0
+        return run_of(settings.steps, self.refine, settings.rule) if "enlarge" in self.wish else 0
 
     def total(self, pipe: "Pipeline", settings: "Settings") -> int:
         """How many steps are taken for a picture: after an inversion, or before a refinement, all of them."""
@@ -122,6 +122,8 @@ def open_given(
         from ldm.loading import load
 
         kept = "cpu" if pipe.where is not None else pipe.device
+        if pipe.flux:
+            raise LDMError("--refiner is SDXL's, which a second model finishes: leave it out for FLUX.")
         dtypes, variant = {"rest": pipe.dtype, "vae": pipe.vae.dtype}, variant_of_others(reading)
         place = find_model(wish["refiner"], INDEX, variant, allow_pickle)
         given.refiner = load(place, dtypes, kept, variant, allow_pickle=allow_pickle)

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli.plan import make_folder
+from ldm.cli.jobs import make_folder
 from ldm.cli.record import BEFORE, DECIDES, differences
 from ldm.errors import LDMError
 from ldm.io.png import read_settings, save_png

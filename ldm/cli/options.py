@@ -163,7 +163,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_reading(parser)
 
 
-READING = ("variant", "prediction_type", "allow_pickle")  # how a model's files are read
+READING = ("variant", "prediction_type", "parts_of", "allow_pickle")  # how a model's files are read
 
 
 def add_reading(parser: "argparse._ActionsContainer") -> None:
@@ -174,6 +174,10 @@ def add_reading(parser: "argparse._ActionsContainer") -> None:
     parser.add_argument(
         "--prediction-type", metavar="NAME", help="epsilon or v_prediction, where the files don't say or are mistaken"
     )
+    parser.add_argument(
+        "--parts-of", metavar="MODEL", help="of a file that is FLUX's transformer alone, as they are published: the "
+        "model whose text encoders and VAE are the rest",
+    )  # fmt: skip
     allow_pickle(parser)
 
 
@@ -188,14 +192,19 @@ def add_device(parser: argparse.ArgumentParser, default: str | None = "cpu") -> 
 
 
 CASTS = ("bfloat16", "float16")  # what autocast computes in
-MEMORY = ("offload", "slice_vae", "slice_attention", "channels_last", "autocast")
+BITS = {"int8": 8, "int4": 4}  # what weights are quantised to
+MEMORY = ("offload", "slice_vae", "slice_attention", "channels_last", "autocast", "quantise", "mapped")
 
 
 def add_memory(parser: "argparse._ActionsContainer", autocast: bool = True) -> None:
-    """Less memory, or less time: `ldm.memory`. The picture is the same within rounding, but for autocast."""
+    """Less memory, or less time: `ldm.memory`. The picture is the same within rounding, but for the last two."""
     parser.add_argument(
         "--offload", type=one_of(("parts", "blocks")), metavar="BY", help="keep the weights on the CPU, and bring to "
         "--device the part that is at work, or (blocks) the layer: the least memory, and slow",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mapped", action="store_true", help="leave the weights in their files, and read them as they are used: with "
+        "--offload, or on the CPU; --dtype must be that of the files",
     )  # fmt: skip
     parser.add_argument("--slice-vae", action="store_true", help="decode a batch picture by picture")
     parser.add_argument(
@@ -203,12 +212,16 @@ def add_memory(parser: "argparse._ActionsContainer", autocast: bool = True) -> N
         "use only where PyTorch has no fused attention",
     )  # fmt: skip
     parser.add_argument("--channels-last", action="store_true", help="lay convolutions out so: often faster")
-    if not autocast:  # what draws a picture again takes it from the picture
-        parser.set_defaults(autocast=None)
+    if not autocast:  # what draws a picture again takes them from the picture
+        parser.set_defaults(autocast=None, quantise=None)
         return
     parser.add_argument(
         "--autocast", type=one_of(CASTS), metavar="DTYPE", help="compute in it with the weights in "
         "--dtype: this one changes the picture a little",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quantise", type=one_of(tuple(BITS)), metavar="BITS", help="int8 or int4: hold the large weights in 8 or 4 "
+        "bits, for FLUX on small cards (needs bitsandbytes); this changes the picture, too",
     )  # fmt: skip
 
 
@@ -216,13 +229,15 @@ def save_memory(pipe: "Pipeline", wish: dict, device: "torch.device", nets: Sequ
     """Do to a pipeline, and to ControlNets beside it, what was wished of `MEMORY`."""
     import torch
 
-    from ldm import memory
+    from ldm import memory, quantised
 
     if "slice_attention" in wish:
         memory.slice_attention(pipe, wish["slice_attention"], nets)
     memory.slice_vae(pipe, "slice_vae" in wish)
     if "channels_last" in wish:
         memory.channels_last(pipe, others=nets)
+    if "quantise" in wish and not any(quantised.is_quantised(part) for part in pipe.parts().values()):
+        quantised.quantise(pipe, BITS[wish["quantise"]])
     if "autocast" in wish:
         pipe.autocast = getattr(torch, wish["autocast"])
     if "offload" in wish:
@@ -242,7 +257,7 @@ def add_levels(parser: "argparse._ActionsContainer") -> None:
     )  # fmt: skip
     parser.add_argument(
         "--sigmas", type=name_or_numbers, metavar="LEVELS", help="the levels sigma/alpha: spaced, karras, exponential, "
-        "beta, ays, ays-xl; or N + 1 falling numbers with commas between them",
+        "beta, ays, ays-xl, even (FLUX's); or N + 1 falling numbers with commas between them",
     )  # fmt: skip
     parser.add_argument(
         "--timesteps", type=numbers, metavar="T,T,...", help="instead: N falling timesteps with commas between them"
@@ -286,6 +301,7 @@ def open_model(
 
     `wish`: what of `MEMORY` was said; `reading`: what of `READING`; `additions`: what is added to it.
     """
+    from ldm.checkpoints.folder import home_of_parts
     from ldm.checkpoints.places import INDEX, find_model
     from ldm.io.folders import folder_hash
     from ldm.loading import load
@@ -294,10 +310,14 @@ def open_model(
     if "offload" in wish and where.type == "cpu":
         raise LDMError("--offload brings to another device what is at work, and the CPU has all of it: say --device.")
     place = find_model(name, INDEX, reading.get("variant"), "allow_pickle" in reading)
-    model_hash = Background(folder_hash, place)
+    home = home_of_parts(place) if place.is_dir() else None
+    places = [place] if home is None else [place, home]
+    if "parts_of" in reading:
+        places.append(find_model(reading["parts_of"], INDEX, reading.get("variant"), "allow_pickle" in reading))
+    model_hash = Background(lambda each: "+".join(map(folder_hash, each)), places)
     found = dtypes_of(dtype)
     kept = "cpu" if "offload" in wish else where
-    pipe = load(place, found if len(found) > 1 else found["rest"], kept, **reading)
+    pipe = load(place, found if len(found) > 1 else found["rest"], kept, mapped="mapped" in wish, **reading)
     if additions is not None:
         additions.put_on(pipe)
     if wish:
@@ -308,7 +328,7 @@ def open_model(
 class Background(threading.Thread):
     """A function that runs while others do; `result` waits for it. A daemon: Ctrl-C doesn't wait."""
 
-    def __init__(self, function: Callable[[Path], str], argument: Path):
+    def __init__(self, function: Callable[[list[Path]], str], argument: list[Path]):
         super().__init__(daemon=True)
         self.function, self.argument, self.value, self.error = function, argument, "", None
         self.start()

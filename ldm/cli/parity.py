@@ -25,7 +25,8 @@ port of your own departs.
   ldm parity --random-init sdxl --dtype bfloat16 --device cuda --size 512x512
   ldm parity scenes --against port.py           your own code beside ours
 
-Stations: weights, tokenizer, text, vae, unet, controlnet, samplers, pipelines (--only takes some of them). A line says
+Stations: weights, tokenizer, text, vae, unet, transformer (FLUX's), controlnet, samplers, pipelines (--only takes some
+of them). A line says
 the largest difference, the same relative to the reference's largest value, what is allowed, and the milliseconds of
 both; of a network that is equal, also every module inside it is held against its counterpart. Allowed is 1e-11 in
 float64, 1e-5 in float32, and for whole runs 1e-10 and 1e-3, for guidance and steps multiply rounding. In half precision
@@ -39,7 +40,9 @@ A port is a Python file with a function load(folder, device, dtype), which retur
   vae_encode(image in [-1, 1]) -> means of the latents, at the UNet's scale
   vae_decode(x0) -> image
   unet(x, t, context, extras) -> prediction            extras: a dict, of SDXL with pooled and time_ids
+  transformer(x, t, context, extras) -> velocity       FLUX's, of latents as they are; extras: pooled, and guidance
   unet_module, text_encoder_module, vae_module         nn.Modules, walked block by block: names are the checkpoint's
+                                                       (transformer_module likewise)
 What it lacks is skipped. With a port, ours is the reference, and diffusers isn't needed.
 
 Exit status: 0 equal, 1 not."""
@@ -56,7 +59,8 @@ def add(commands: "argparse._SubParsersAction") -> None:
     )
     p.add_argument(
         "--random-init", metavar="NAME", help="a published architecture with random weights: sd15, sd15-inpaint, "
-        "sd15-controlnet, sd21, sd21-base, sdxl, sdxl-controlnet, sdxl-refiner, and tiny ones: tiny-sd15 ...",
+        "sd15-controlnet, sd21, sd21-base, sdxl, sdxl-controlnet, sdxl-refiner, flux-schnell, flux-dev, flux-fill, "
+        "flux-canny, and tiny ones: tiny-sd15, tiny-flux ...",
     )  # fmt: skip
     p.add_argument("--controlnet", metavar="FOLDER", help="a ControlNet for the model, by name or folder")
     add_device(p)
@@ -110,8 +114,10 @@ def plan_of(
 ) -> "Plan":
     from ldm.parity.inputs import Plan
 
-    own = ours.own[0].default_size
-    width, height = args.size or (own, own)
+    pipe = ours.own[0]
+    width, height = args.size or (pipe.default_size, pipe.default_size)
+    if width % pipe.model.multiple or height % pipe.model.multiple:
+        raise LDMError(f"--size must be of multiples of {pipe.model.multiple} for this model, not {width}x{height}.")
     return Plan(device, dtype, width, height, args.steps, only)
 
 

@@ -27,7 +27,8 @@ DECIDES = {
     "timesteps": NUMBERS | None, "compat": bool, "guidance": float, "eta": float, "width": int, "height": int,
     "clip_skip": int, "dtype": str, "model_hash": str, "strength": float | None, "image_guidance": float | None,
     "noise_level": int | None, "given": dict, "sizes": dict | None, "negative_sizes": dict | None,
-    "autocast": str | None, "dialect": str, "added": WORDS,
+    "autocast": str | None, "dialect": str, "added": WORDS, "true_guidance": float,
+    "max_sequence_length": int | None, "quantise": str | None,
 }  # fmt: skip
 # Where it was drawn: numbers may be rounded otherwise elsewhere. `batch` is how many pictures were drawn together.
 # `pictures` are the words of the command line that name the pictures given; `given` is what they were. So are
@@ -54,6 +55,7 @@ BEFORE |= {
 }  # nor those that were drawn before ldm knew SDXL
 BEFORE |= {"reading": []}  # nor those that were drawn before it read more than folders
 BEFORE |= {"dialect": "plain", "added": [], "additions": []}  # nor those before it knew LoRAs, words and dialects
+BEFORE |= {"true_guidance": 1.0, "max_sequence_length": None, "quantise": None}  # nor those before it knew FLUX
 
 
 def make_record(
@@ -77,6 +79,7 @@ def make_record(
         "pictures": given.words(),
         "dtype": dtype_of(pipe),
         "autocast": None if pipe.autocast is None else str(pipe.autocast).removeprefix("torch."),
+        "quantise": quantised_to(pipe),
         "model": model,
         "model_hash": model_hash,
         "device": str(pipe.device),
@@ -94,8 +97,8 @@ def told_of_additions(additions: "Additions") -> dict:
 
 
 def told_of_memory(switches: dict) -> list[str]:
-    """The switches of `ldm.memory` as a record has them: autocast, which changes the picture, stands by itself."""
-    return [f"{name}={value}" for name, value in switches.items() if name != "autocast"]
+    """The switches of `ldm.memory` as a record has them: those that change the picture stand by themselves."""
+    return [f"{name}={value}" for name, value in switches.items() if name not in ("autocast", "quantise")]
 
 
 def told_of_reading(options: dict) -> list[str]:
@@ -106,15 +109,24 @@ def told_of_reading(options: dict) -> list[str]:
 def reading_of(record: dict) -> dict[str, str]:
     """The options that `told_of_reading` wrote. Raises LDMError for others."""
     found = dict(word.partition("=")[::2] for word in record["reading"])
-    if unknown := found.keys() - {"variant", "prediction_type"}:
+    if unknown := found.keys() - {"variant", "prediction_type", "parts_of"}:
         raise LDMError(f"The picture's settings ask to read the model by {min(unknown)!r}, which ldm doesn't know.")
     return found
 
 
 def dtype_of(pipe: "Pipeline") -> str:
-    """As `--dtype` has it: the UNet's, and those of parts that have another."""
+    """As `--dtype` has it: the network's, and those of parts that have another."""
     found = {name: str(part.dtype).removeprefix("torch.") for name, part in pipe.parts().items()}
-    return ",".join([found["unet"], *(f"{name}={dtype}" for name, dtype in found.items() if dtype != found["unet"])])
+    main = found["transformer" if pipe.flux else "unet"]
+    return ",".join([main, *(f"{name}={dtype}" for name, dtype in found.items() if dtype != main)])
+
+
+def quantised_to(pipe: "Pipeline") -> str | None:
+    """As `--quantise` has it; None of weights that are whole."""
+    from ldm.quantised import QuantisedLinear
+
+    modules = (module for part in pipe.parts().values() for module in part.modules())
+    return next((f"int{module.bits}" for module in modules if isinstance(module, QuantisedLinear)), None)
 
 
 def pixel_hash(image: "Image.Image") -> str:

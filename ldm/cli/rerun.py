@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from ldm.cli import added, additions, given, wishes
 from ldm.cli.draw import draw
 from ldm.cli.generate import SETTINGS
+from ldm.cli.jobs import prepare_file
 from ldm.cli.options import (
+    BITS,
     CASTS,
     MEMORY,
     add_device,
@@ -20,7 +22,6 @@ from ldm.cli.options import (
     progress,
     said,
 )
-from ldm.cli.plan import prepare_file
 from ldm.cli.record import (
     SURROUNDS,
     differences,
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         dtypes_of(old["dtype"])
     except argparse.ArgumentTypeError:
         raise additions.torn(args.picture) from None
-    if old["autocast"] not in (None, *CASTS) or old["dialect"] not in DIALECTS:
+    if old["autocast"] not in (None, *CASTS) or old["dialect"] not in DIALECTS or old["quantise"] not in (None, *BITS):
         raise additions.torn(args.picture)
     if args.out:
         prepare_file(Path(args.out), args.overwrite)
@@ -82,12 +83,15 @@ def draw_again(args: argparse.Namespace, old: dict, size: tuple[int, int]) -> tu
     from ldm.checkpoints.places import check_here
 
     reading = reading_of(old) | said(args, ("allow_pickle",))
-    memory = said(args, MEMORY) | ({} if old["autocast"] is None else {"autocast": old["autocast"]})
+    changing = {name: old[name] for name in ("autocast", "quantise") if old[name] is not None}
+    memory = said(args, MEMORY) | changing
     wish = wishes.read_words(old["pictures"], args.picture)
     found = additions.find_again(old, args, args.picture)
     try:
         if not args.model:
             check_here(old["model"], reading.get("variant"), args.allow_pickle)
+        if "parts_of" in reading:
+            check_here(reading["parts_of"], reading.get("variant"), args.allow_pickle)
         for name, variant in wishes.models(wish, given.variant_of_others(reading)).items():
             check_here(name, variant, args.allow_pickle)
         device = args.device or device_of(old)

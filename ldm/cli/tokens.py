@@ -64,11 +64,37 @@ def run(args: argparse.Namespace) -> None:
     found = tokens_of(with_words(checkpoint, args.embedding, args.allow_pickle), args.prompt, args.dialect, steps)
     for line in found.notices:
         say_on_stderr(line)
+    pieces = pieces_of(checkpoint, args.prompt)
     if args.json:
-        print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+        t5 = {"t5": [{"piece": piece, "id": id} for piece, id in pieces]} if pieces else {}
+        print(json.dumps(found.to_json() | t5, indent=1, ensure_ascii=False))
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
-    print("\n".join(found.lines(width)))
+    print("\n".join([*found.lines(width), *piece_lines(pieces, checkpoint.defaults.max_sequence_length)]))
+
+
+def pieces_of(checkpoint: "Checkpoint", prompt: str) -> list[tuple[str, int]]:
+    """What T5 reads of the prompt, of a model that has one: its pieces with their ids, the end too; nothing is cut."""
+    tokenizer = checkpoint.tokenizers.get("tokenizer_2")
+    if not is_t5(tokenizer):
+        return []
+    ids = tokenizer.encode(prompt)
+    return [*zip(tokenizer.pieces(prompt), ids, strict=True), ("</s>", tokenizer.eos_id)]
+
+
+def is_t5(tokenizer: object) -> bool:
+    from ldm.text.t5_tokenizer import T5Tokenizer
+
+    return isinstance(tokenizer, T5Tokenizer)
+
+
+def piece_lines(pieces: list[tuple[str, int]], most: int | None) -> list[str]:
+    """A line a piece, as far as they are read."""
+    if not pieces:
+        return []
+    read = f", {most} of which are read" if most is not None and len(pieces) > most else ""
+    lines = ["", f"text_encoder_2 (T5): {len(pieces)} tokens{read}; the text encoder above gives FLUX its one vector"]
+    return lines + [f"{k:4}  {piece:20} {id:6}" for k, (piece, id) in enumerate(pieces)]
 
 
 def with_words(checkpoint: "Checkpoint", wishes: "list[Wish]", allow_pickle: bool) -> "dict[str, Tokenizer]":
@@ -92,6 +118,8 @@ def plain_of(checkpoint: "Checkpoint") -> "dict[str, Plain]":
 
     found = {}
     for name, tokenizer in checkpoint.tokenizers.items():
+        if is_t5(tokenizer):
+            continue
         part = name.replace("tokenizer", "text_encoder")
         config = checkpoint.configs[part]
         found[part] = Plain(part, tokenizer, config, torch.empty(config.vocab_size, config.hidden_size, device="meta"))

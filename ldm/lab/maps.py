@@ -12,21 +12,24 @@ from torch import Tensor
 
 from ldm.errors import LDMError, say_on_stderr
 
+EVERY = slice(None)
 
-def explicit(q: Tensor, k: Tensor, average: bool = False) -> Tensor:
+
+def explicit(q: Tensor, k: Tensor, average: bool = False, seen: slice = EVERY) -> Tensor:
     """softmax(q k^T / sqrt(d)) of q (P, heads, N, d) and k (P, heads, L, d), written out: (P, heads, N, L).
 
     It is what fused attention multiplies the values with and never shows (Vaswani et al. 2017, equation 1). In float32
     at least, as there. `average` over the heads gives (P, 1, N, L), and never holds more than two heads at a time.
+    Of the L that the softmax is over, those `seen` are given.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(wide), k.to(wide)
     if not average:
-        return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+        return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)[..., seen]
     heads = q.shape[1]
-    total = explicit(q[:, :1], k[:, :1])
+    total = explicit(q[:, :1], k[:, :1], seen=seen)
     for head in range(1, heads):
-        total += explicit(q[:, head : head + 1], k[:, head : head + 1])
+        total += explicit(q[:, head : head + 1], k[:, head : head + 1], seen=seen)
     return total / heads
 
 
@@ -51,12 +54,15 @@ class Maps:
         self.kept: dict[Key, Tensor] = {}
         self.counts: dict[Key, int] = {}
 
-    def add(self, key: Key, q: Tensor, k: Tensor, size: tuple[int, int]) -> None:
-        """Keep the map of these queries (P, heads, N, d) and keys (P, heads, L, d), N being h*w of `size`."""
-        while self.used + self._bytes(key, q, k) > self.limit:
+    def add(self, key: Key, q: Tensor, k: Tensor, size: tuple[int, int], seen: slice = EVERY) -> None:
+        """Keep the map of these queries (P, heads, N, d) and keys (P, heads, L, d), N being h*w of `size`.
+
+        Of the keys those `seen` are kept; what goes to the others is missing in the sum.
+        """
+        while self.used + self._bytes(key, q, k[:, :, seen]) > self.limit:
             self._make_room()
-        made = explicit(q, k, average=not self.every_head).unflatten(2, tuple(size)).cpu()
-        self._put(key, made, 1)
+        made = explicit(q, k, not self.every_head, seen).unflatten(2, tuple(size)).cpu()
+        self._put(key, made.contiguous(), 1)
 
     def _bytes(self, key: Key, q: Tensor, k: Tensor) -> int:
         """What one map more would take: nothing, where it is only added to a sum."""

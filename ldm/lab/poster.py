@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import LDMError
 from ldm.lab.figures import INK, QUIET, SIGNED, Shown, canvas, show, title
 from ldm.lab.trace import Trace, steps_of, texts_at
 from ldm.pipeline import Pipeline
@@ -24,6 +25,8 @@ WORDS, NOISE, UNET, STEP, VAE = "#0072b2", "#6e7781", "#d55e00", "#009e73", "#aa
 
 def poster(pipe: Pipeline, trace: Trace, took: Mapping[str, float]) -> Shown:
     """The figure for a trace of one picture, guided. `took`: milliseconds of "1 tokenizer" to "6 VAE decoder"."""
+    if pipe.flux:
+        raise LDMError("The poster draws a UNet's levels, and FLUX has none: pipe.trace(...).to_html shows its run.")
     fig, ax = canvas(8.6, 5.2)
     ax.set(xlim=(0, 100), ylim=(2, 60))
     ax.axis("off")

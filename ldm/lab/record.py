@@ -1,4 +1,7 @@
-"""What `ldm.watch` has seen of a run, and how it is asked: calls of the UNet, what went through it, attention maps."""
+"""What `ldm.watch` has seen of a run, and how it is asked: calls of the network, what went through it, attention maps.
+
+The network is the UNet, or FLUX's transformer: "unet" or "transformer" begins the names of all that is inside it.
+"""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -41,7 +44,7 @@ def stats(name: str, x: Tensor) -> Stats:
 
 @dataclass
 class Call:
-    """One call of the UNet. Its batch holds `pictures` rows for each of `parts`, part by part.
+    """One call of the network. Its batch holds `pictures` rows for each of `parts`, part by part.
 
     A method that asks twice in a step (heun, dpm2) makes two calls of one `step`, at different rows `i` and times `t`;
     the halves of guidance make two where they don't run together. In a loop of one's own `i` is None, and `step` counts
@@ -57,15 +60,19 @@ class Call:
     pictures: int
     size: tuple[int, int]  # (h, w) of the latent
     tiled: bool = False  # whether the batch holds one tile of the pictures, `size` then being that of all
-    bricks: dict[str, Stats] = field(default_factory=dict, repr=False)  # the UNet's, in the order they were run
-    # (skips + 1, rows of the batch): the norms of what all ControlNets together add to every skip and, last, the middle
+    bricks: dict[str, Stats] = field(default_factory=dict, repr=False)  # the network's, in the order they were run
+    # (skips + 1, rows of the batch): norms of what all ControlNets together add to every skip and, last, the middle;
+    # of a transformer to the stream behind every block, (blocks, rows)
     residuals: Tensor | None = field(default=None, repr=False)
     # |cond - uncond| of each picture: on the last call of those from which one prediction was made
     guidance: tuple[float, ...] | None = None
 
 
 class Layer(NamedTuple):
-    """An attention layer of the UNet: `size` (h, w) of its maps is None until it has run."""
+    """An attention layer of the network: `size` (h, w) of its maps is None until it has run.
+
+    FLUX's attend to text and picture in one: a layer `NAME` is how they see the text, `NAME.patches` how the picture.
+    """
 
     name: str
     heads: int
@@ -79,14 +86,14 @@ def within(name: str, pattern: str) -> bool:
 
 
 class Record:
-    """What was seen. `calls` are those of the UNet; `beside` are the outputs of all bricks outside such a call.
+    """What was seen. `calls` are those of the network; `beside` are the outputs of all bricks outside such a call.
 
-    `layers` are all attention layers of the UNet; the maps are those of the cross-attention unless asked otherwise.
+    `layers` are all attention layers of the network; the maps are those of the cross-attention unless asked otherwise.
     """
 
     def __init__(self, layers: Sequence[Layer], maps: Maps):
         self.calls: list[Call] = []
-        self.beside: list[Stats] = []  # text encoder and VAE, and bricks of the UNet run by hand
+        self.beside: list[Stats] = []  # text encoders and VAE, and bricks of the network run by hand
         self.maps = maps
         self._layers = {layer.name: layer for layer in layers}
 
@@ -111,7 +118,8 @@ class Record:
     ) -> Tensor:
         """How much every position of the latent attends to these tokens together, (h, w): all 77 together are 1.
 
-        In a dialect there are 77 for each chunk of the prompt, and all of them together are 1.
+        In a dialect there are 77 for each chunk of the prompt, and all of them together are 1. FLUX's patches look at
+        the text and at each other in one: there the rest, to 1, goes to patches.
 
         Averaged over what is left out: steps (or rather their calls), layers, heads. Every layer counts alike; coarse
         ones are enlarged bilinearly to `size`, which is the latent's if it isn't given.
@@ -136,7 +144,8 @@ class Record:
     ) -> Tensor:
         """One layer's maps as they are, (heads, h, w, L): L tokens, or positions in self-attention.
 
-        Averaged over the calls of the step, or of all. Each row of L sums to 1.
+        Averaged over the calls of the step, or of all. Each row of L sums to 1; of FLUX those of a layer and of its
+        `.patches` together.
         """
         calls, part = self._choose(step, part, picture, run)
         names = self._matching(layer)
@@ -167,7 +176,7 @@ class Record:
         """The calls that are asked for, and the name of the part."""
         runs = sorted({call.run for call in self.calls})
         if not runs:
-            raise LDMError("Nothing was recorded: no call of this pipeline's UNet was made under the watch.")
+            raise LDMError("Nothing was recorded: no call of this pipeline's network was made under the watch.")
         if run is None and len(runs) > 1:
             raise LDMError(f"{len(runs)} runs were watched: say which is meant (run=0 to run={runs[-1]}).")
         if run is not None and run not in runs:

@@ -26,7 +26,6 @@ from ldm.settings import run_of
 if TYPE_CHECKING:
     from ldm.lab.trace import Trace
     from ldm.schedules import Level
-    from ldm.settings import Settings
 
 MOST_SIDE = 32  # positions along a side of the latents and maps shown: larger ones are averaged down to it
 MOST_PIXELS = 256  # along a side of a decoded picture
@@ -58,7 +57,7 @@ def read(trace: "Trace", picture: int, letter: str = "") -> Side:
     words, maps, note = maps_of(trace, picture)
     pull, unguided = guidance_of(trace, picture)
     led = any(call.residuals is not None for call in trace.record.calls)
-    prompt, settings = trace.settings.prompt[picture], headline(trace.settings, picture, led, trace.added)
+    prompt, settings = trace.settings.prompt[picture], headline(trace, picture, led)
     small, levels = pooled(x), levels_of(trace)
     data = {
         "letter": letter, "settings": settings, "notes": [note] if note else [], "unguided": unguided,
@@ -89,18 +88,23 @@ def rows_of(trace: "Trace", levels: Sequence["Level"]) -> list[list]:
     return [[row.i, *map(five, row[1:4]), s if s is None else five(s)] for row, s in zip(levels, seconds, strict=True)]
 
 
-def headline(settings: "Settings", picture: int, led: bool, added: Sequence[str] = ()) -> str:
-    """The settings of a run in a line; `led` by ControlNets, and with what was `added` to the model."""
-    s = settings
+def headline(trace: "Trace", picture: int, led: bool) -> str:
+    """The settings of a run in a line; `led` by ControlNets."""
+    s = trace.settings
     sigmas = "" if s.sigmas == "spaced" else f", {s.sigmas} levels" if isinstance(s.sigmas, str) else ", levels given"
     parts = [f"seed {s.seeds[picture]}", f"{s.sampler}, {s.steps} steps{sigmas}"]
-    parts.append(f"guidance {s.guidance:g}" if s.guidance > 1 else "not guided")
-    if s.negative[picture] and s.guidance > 1:
+    guidance = s.guidance
+    if trace.distilled:  # then the scale is a number that the network reads, and what pulls is another
+        parts.append(f"told a guidance of {guidance:g}")
+        guidance = s.true_guidance
+    if not trace.distilled or guidance > 1:
+        parts.append(f"guidance {guidance:g}" if guidance > 1 else "not guided")
+    if s.negative[picture] and guidance > 1:
         parts.append(f"away from “{s.negative[picture]}”")
     if s.strength is not None:
-        parts.append(f"strength {s.strength:g}, so {run_of(s.steps, s.strength)} of the steps")
+        parts.append(f"strength {s.strength:g}, so {run_of(s.steps, s.strength, s.rule)} of the steps")
     parts += [f"read as {s.dialect}"] if s.dialect != "plain" else []
-    parts += [*added, *(["led by ControlNet"] if led else [])]
+    parts += [*trace.added, *(["led by ControlNet"] if led else [])]
     return " · ".join([*parts, f"{s.width} × {s.height} pixels"])
 
 

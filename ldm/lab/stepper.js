@@ -2,7 +2,7 @@
 
 const HINT = "Click a word to lay its attention over the picture. "
   + "Each word has a scale of its own: its maps reach from 0 to the number below it.";
-const PULL = "what the sentence adds to the UNet’s output: its norm over the steps, and its channels now";
+const PULL = "what the sentence adds to the network’s output: its norm over the steps, and its channels now";
 
 class Stepper {
   constructor(host) {

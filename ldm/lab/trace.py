@@ -26,10 +26,12 @@ from ldm.schedules.table import is_whole
 from ldm.settings import Settings
 from ldm.text.prompts.schedules import parse, text_at
 from ldm.text.prompts.table import Part, parts_of
+from ldm.text.t5_tokenizer import SPACE
 from ldm.text.tokenizer import END, Tokenizer
 
 if TYPE_CHECKING:
     from ldm.pipeline import Pipeline
+    from ldm.text.t5_tokenizer import T5Tokenizer
 
 
 class Word(NamedTuple):
@@ -62,6 +64,21 @@ def words_in(tokenizer: Tokenizer, parts: Sequence[Part]) -> tuple[Word, ...]:
     return tuple(words)
 
 
+def words_of_pieces(tokenizer: "T5Tokenizer", prompt: str) -> tuple[Word, ...]:
+    """The same for T5's pieces, of which there is no begin token; in small letters, though T5 tells them apart.
+
+    A piece that begins with a space begins a word, and so does a sign.
+    """
+    ids = tokenizer.encode(prompt)
+    found: list[list[int]] = []
+    for position, piece in enumerate(tokenizer.pieces(prompt)):
+        if not found or piece.startswith(SPACE) or not any(map(str.isalnum, piece)):
+            found.append([])
+        found[-1].append(position)
+    words = [Word(tokenizer.decode(ids[k] for k in own).lower(), tuple(own)) for own in found]
+    return tuple(word for word in words if word.text)
+
+
 def steps_of(settings: Settings, schedule: Schedule) -> tuple[int, range]:
     """How many steps the road of a run has as a whole, and those of them that the run takes, counted from 1."""
     _, behind, steps = settings.road(schedule)
@@ -86,6 +103,18 @@ def words_told(tokenizer: Tokenizer, texts: Sequence[str], dialect: str) -> tupl
     return words_in(tokenizer, parts), ""
 
 
+def words_read(pipe: "Pipeline", settings: Settings, texts: Sequence[str]) -> tuple[tuple[Word, ...], str]:
+    """The same as the pipeline's network reads them: FLUX reads T5's, and as many tokens as it was asked to."""
+    if not pipe.flux:
+        return words_told(pipe.tokenizer, texts, settings.dialect)
+    if pipe.text_encoder_2 is None:
+        words = words_of(pipe.tokenizer, texts[0])
+    else:
+        words = words_of_pieces(pipe.tokenizer_2, texts[0])
+    last = settings.max_sequence_length - 1  # the end's own, where the prompt is longer
+    return tuple(word for word in words if word.tokens[-1] < last), ""
+
+
 @dataclass(repr=False)
 class Trace:
     """A finished run. `trace[k]` is its k-th step, `len(trace)` their number; shapes as in `ldm.sampling.Step`."""
@@ -100,6 +129,7 @@ class Trace:
     seconds: tuple[float, ...]  # of each step, the watching included
     notes: tuple[str, ...] = ()  # why a picture's prompt has no `words`, where it could have some
     added: tuple[str, ...] = ()  # LoRAs with their weights, and learnt words, that were on
+    distilled: bool = False  # whether the network was told the scale of guidance
     _linear: Tensor | None = field(default=None, init=False)
 
     def __repr__(self) -> str:
@@ -242,8 +272,9 @@ def trace(
     settings = run.settings
     steps_are = steps_of(settings, run.schedule)
     texts = [texts_at(text, settings.dialect, *steps_are) for text in settings.prompt]
-    words, notes = zip(*(words_told(pipe.tokenizer, each, settings.dialect) for each in texts), strict=True)
+    words, notes = zip(*(words_read(pipe, settings, each) for each in texts), strict=True)
     added = [f"LoRA {each.name} at {each.weight:g}" for each in pipe.loras] + [
         f"word {each}" for each in pipe.embeddings
     ]
-    return Trace(settings, run.schedule, steps, record, result, words, run.decode, tuple(seconds), notes, tuple(added))
+    kept = (run.decode, tuple(seconds), notes, tuple(added), pipe.distilled)
+    return Trace(settings, run.schedule, steps, record, result, words, *kept)

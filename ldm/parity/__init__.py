@@ -16,6 +16,7 @@
     calls.py           what every module was given, and gave
     blocks.py          the first module that differs
     causes.py          experiments on it: what would make it agree
-    alternatives.py    what is tried: other ways to do what our modules do; `attention.py` for theirs
+    alternatives.py    what is tried: other ways to do what our modules do; `attention.py` for theirs, `flux_ways.py`
+    flux.py            FLUX on both sides
     report.py          the table and JSON; `page.py` is the page
 """

@@ -55,9 +55,19 @@ class Call:
 
     @property
     def answer(self) -> Tensor | None:
-        """The output, if it is a single tensor."""
-        found = tensors(self.output)
-        return found[0] if len(found) == 1 else None
+        """The output, if it is a single tensor, or two streams of one sequence."""
+        found = streams(self.output)
+        return found if isinstance(found, Tensor) else None
+
+
+def streams(output: object) -> Tensor | None:
+    """The one tensor of an output; of two sequences of vectors (B, N, D), as FLUX's blocks give, both in one."""
+    found = tensors(output)
+    if len(found) == 2 and type(output) is tuple and all(each.dim() == 3 for each in found):
+        first, second = found
+        if (len(first), first.shape[2]) == (len(second), second.shape[2]):
+            return torch.cat(found, dim=1)
+    return found[0] if len(found) == 1 else None
 
 
 def tensors(value: object) -> list[Tensor]:
@@ -107,6 +117,8 @@ def watch(part: Part, inputs: tuple, what: str) -> dict[str, Call]:
     finally:
         for hook in hooks:
             hook.remove()
+    for name, call in done.items() if part.retell is not None else ():
+        part.retell(name, call)
     done[""] = Call(part.module, inputs, {}, answer[what], begun, 1000 * (clock(inputs) - begun))
     return done
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.parity.alternatives import waves, ways_of
-from ldm.parity.calls import Call, Way, cast
+from ldm.parity.calls import Call, Way, cast, streams
 from ldm.parity.compare import distance, same_layout
+from ldm.parity.flux_ways import ways_of_flux
 
 GAIN = 5  # an alternative must be so many times nearer than we are, and agree
 STEPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half the step between neighbours, relative
@@ -32,7 +33,7 @@ def find(
         target, inner = b[first].answer, first[len(block) :].lstrip(".")
     causes, tried = [], []
     baseline = off(a[first].answer if inner is not None else call.answer, target)
-    ways = (*ways_of(module), *swapped(root, block), *(rounded(module) if block else ()))
+    ways = (*ways_of(module), *ways_of_flux(module), *swapped(root, block), *(rounded(module) if block else ()))
     for way in ways if math.isfinite(baseline) else ():
         tried.append(way.text)
         error = off(run_way(module, call, way, inner), target)
@@ -68,6 +69,7 @@ def run_way(module: nn.Module, call: Call, way: Way, inner: str | None) -> Tenso
         if hook:
             hook.remove()
     answer = found[0] if inner and found else answer
+    answer = streams(answer) if isinstance(answer, tuple) and streams(answer) is not None else answer
     while isinstance(answer, tuple | list) and answer:
         answer = answer[0]
     return answer if isinstance(answer, Tensor) else None

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ldm.parity.compare import HALF
 from ldm.parity.sides import Side
 from ldm.pipeline import Pipeline
 
@@ -25,6 +26,9 @@ AWKWARD = [  # prompts on which tokenizers part
 PROMPTS = ["a large red house on snow at night, and a small blue fish", "two trees"]
 NEGATIVE = ["fog", ""]
 TIMES = [981.0, 333.25]  # of a first step; and one between two integers, as Karras' levels have
+# diffusers' FLUX rounds thousandths of a timestep and a thousand times the guidance to its own dtype, which is a larger
+# matter than all else in half precision: these numbers it leaves as they are.
+ROUND_TIMES, GUIDANCES = [500.0, 250.0], [4.0, 2.0]
 BATCH = 2
 
 
@@ -64,8 +68,10 @@ def given(name: str, ours: Side, plan: Plan) -> tuple:
         return plan.place(image), plan.place(normal(plan.seed + 5, BATCH, channels, *size))
     if name == "vae_decode":
         return (plan.place(normal(plan.seed + 2, BATCH, channels, *size)),)
-    x = plan.place(normal(plan.seed + 3, BATCH, pipe.unet.config.in_channels, *size))
-    t = torch.tensor(TIMES, device=plan.device)
+    config = pipe.backbone.config
+    reads = config.channels_in if pipe.flux else config.in_channels
+    x = plan.place(normal(plan.seed + 3, BATCH, reads, *size))
+    t = torch.tensor(ROUND_TIMES if pipe.flux and plan.dtype in HALF else TIMES, device=plan.device)
     context, extras = told(ours, plan)
     if name != "controlnet":
         return x, t, context, extras
@@ -84,6 +90,8 @@ def told(ours: Side, plan: Plan) -> tuple[Tensor, dict[str, Tensor]]:
     pipe: Pipeline = ours.own[0]
     names = [name for name in ours.parts if name.startswith("text_encoder")]
     states = [ours.parts[name].run(*given(name, ours, plan)) for name in names]
+    if pipe.flux:
+        return told_flux(pipe, states, plan)
     context = torch.cat([each["context"] for each in states], dim=-1)
     config, extras = pipe.unet.config, {}
     if config.addition_embed_type == "text_time":
@@ -95,3 +103,12 @@ def told(ours: Side, plan: Plan) -> tuple[Tensor, dict[str, Tensor]]:
     if config.num_class_embeds is not None:
         extras["class_labels"] = torch.tensor([20, 3], device=plan.device) % config.num_class_embeds
     return context, extras
+
+
+def told_flux(pipe: Pipeline, states: list[dict[str, Tensor]], plan: Plan) -> tuple[Tensor, dict[str, Tensor]]:
+    """CLIP's pooled vector, and T5's context; of a FLUX without T5 CLIP's own. And a guidance, where it is told one."""
+    extras = {"pooled": states[0]["pooled"]}
+    if pipe.transformer.config.guidance_embeds:
+        wide = torch.promote_types(plan.dtype, torch.float32)  # rounded, it would be another one
+        extras["guidance"] = torch.tensor(GUIDANCES, device=plan.device, dtype=wide)
+    return states[-1]["context"], extras

@@ -8,27 +8,20 @@ from pathlib import Path
 import torch
 
 from ldm.checkpoints.architectures import Architecture, find_architecture
+from ldm.checkpoints.checkpoint import NETWORKS, family_defaults
+from ldm.checkpoints.names import CLASSES
 from ldm.errors import LDMError
 from ldm.io.folders import read_fields
 from ldm.loading import find_model, load, load_controlnet
-from ldm.models.controlnet import ControlNet, ControlNetConfig
-from ldm.models.unet import UNet, UNetConfig
-from ldm.models.vae import VAE, VAEConfig
-from ldm.parity import reference, sides
+from ldm.models.controlnet import ControlNetConfig
+from ldm.parity import flux, reference, sides
 from ldm.parity.drawn import share
 from ldm.parity.sides import Side
 from ldm.pipeline import Pipeline
 from ldm.schedules import ScheduleConfig
-from ldm.text.clip import TextConfig, TextEncoder
+from ldm.text.t5_tokenizer import T5Tokenizer
 from ldm.text.tokenizer import Tokenizer
 
-KINDS = {
-    "text_encoder": (TextEncoder, TextConfig),
-    "text_encoder_2": (TextEncoder, TextConfig),
-    "unet": (UNet, UNetConfig),
-    "vae": (VAE, VAEConfig),
-    "controlnet": (ControlNet, ControlNetConfig),
-}
 ZEROS = "force_zeros_for_empty_prompt"
 
 
@@ -42,6 +35,8 @@ def of_folder(
     if folder.is_file():
         raise LDMError(f"{folder} is a single file, and the other side reads folders: `ldm convert` makes one of it.")
     pipe = load(model, dtype, device)
+    if pipe.flux and controlnet is not None:
+        raise LDMError("FLUX's ControlNets are compared by the tests alone: leave --controlnet out.")
     net = None if controlnet is None else load_controlnet(controlnet, pipe)
     if against != "diffusers":
         return sides.ours(pipe, for_port=True), sides.read_port(Path(against), folder, dtype, device)
@@ -55,18 +50,21 @@ def of_architecture(name: str, dtype: torch.dtype, device: torch.device, seed: i
     with tempfile.TemporaryDirectory() as room:
         vocabularies = write_vocabularies(architecture, Path(room))
         theirs = reference.build(architecture, dtype, device, vocabularies, seed)
-        tokenizers = {name: Tokenizer.from_folder(path) for name, path in vocabularies.items()}
+        tokenizers = {name: read_vocabulary(path) for name, path in vocabularies.items()}
     parts = {}
     for part, fields in architecture.parts.items():
-        kind, config = KINDS[part]
+        config = (ControlNetConfig if part == "controlnet" else NETWORKS[part].config).from_json(fields)
+        kind = CLASSES[type(config)]
         module = theirs.own["parts"][part]
         rename = getattr(kind, "rename", lambda key: key)
-        parts[part] = share(lambda k=kind, c=config.from_json(fields): k(c), module, rename, device)
+        parts[part] = share(lambda k=kind, c=config: k(c), module, rename, device)
     net = parts.pop("controlnet", None)
     scheduler = ScheduleConfig.from_json(architecture.scheduler)
     named = parts | tokenizers
     if "text_encoder" not in named:  # SDXL's refiner, which has the second alone
         named |= {"text_encoder": named.pop("text_encoder_2"), "tokenizer": named.pop("tokenizer_2")}
+    if "transformer" in parts:
+        named["defaults"] = family_defaults(parts["transformer"].config)
     pipe = Pipeline(scheduler=scheduler, zero_negative=architecture.index.get(ZEROS, False), **named)
     return sides.ours(pipe, net), theirs
 
@@ -81,11 +79,18 @@ def write_vocabularies(architecture: Architecture, room: Path) -> dict[str, Path
     found = {}
     for name, pad in zip(names, architecture.pads, strict=True):
         found[name] = room / name
+        if "T5EncoderModel" in architecture.parts[name.replace("tokenizer", "text_encoder")]["architectures"]:
+            flux.write_t5_vocabulary(found[name])
+            continue
         shutil.copytree(source, found[name])
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             fields = read_fields(found[name] / file) | {"pad_token": pad}
             (found[name] / file).write_text(json.dumps(fields), encoding="utf-8")
     return found
+
+
+def read_vocabulary(folder: Path) -> Tokenizer | T5Tokenizer:
+    return Tokenizer.from_folder(folder) if reference.kind_of(folder) == "clip" else T5Tokenizer.from_folder(folder)
 
 
 def check_choice(random_init: str | None, against: str, controlnet: str | None) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.control import Control
+from ldm.parity import flux
 from ldm.parity.compare import DIFFERS, EQUAL, HALF, Line, held, rms, skipped, unfit
 from ldm.parity.drawn import widened
 from ldm.parity.inputs import NEGATIVE, PROMPTS, Plan, normal
@@ -53,6 +54,8 @@ def drawn_alike(ours: Side, theirs: Side, plan: Plan) -> Iterator[Line]:
 
 
 def ways_of(pipe: Pipeline) -> tuple[str, ...]:
+    if pipe.flux:
+        return flux.ways_of(pipe.task)
     if pipe.xl and pipe.text_encoder_2 is None:
         return ("image",)  # SDXL's refiner, which diffusers has draw over pictures alone
     return WHOLE.get(pipe.task, ())
@@ -69,6 +72,8 @@ def one(way: str, ours: Side, theirs: Side, plan: Plan, led: bool) -> Iterator[L
         cls, note = "DDIMScheduler", f"by DDIM: diffusers' {cls} doesn't begin in the middle"
     fields = {"clip_sample": False}
     made = reference.scheduler(own["scheduler"], cls, fields, plan.dtype)
+    if pipe.flux and plan.dtype == torch.float64:
+        made = reference.in_float32_digits(made, own["scheduler"], cls)
     drawing = Drawing(way, plan, net if led else None)
     pipe = with_config(pipe, as_config(made))
 
@@ -118,8 +123,14 @@ class Drawing:
         """Every latent, and the pictures (B, H, W, 3) in grey levels."""
         told = {"negative": NEGATIVE, "guidance": GUIDANCE, "seed": SEED, "steps": self.steps, "compat": True}
         told |= {"sampler": pipe.scheduler.sampler}  # and not the folder's default
+        if pipe.flux:
+            told |= flux.guided(pipe.distilled, pipe.task, GUIDANCE)[0]
+            told |= {"max_sequence_length": min(flux.TOKENS, pipe.most_tokens)}
+            told |= {} if pipe.task == "text" else {"negative": None}
         if self.way != "words":
-            told |= {"image": self.pictures, "strength": STRENGTH}
+            told |= {"image": self.pictures}
+        if self.strength(pipe.task) is not None:
+            told |= {"strength": STRENGTH}
         if self.way == "inpaint":
             told |= {"mask": self.mask, "paste": False}
         if self.way == "words":
@@ -131,23 +142,48 @@ class Drawing:
         images = run.finish(found[-1]).images
         return found, torch.from_numpy(np.stack([np.asarray(image) for image in images]))
 
+    def strength(self, task: str) -> float | None:
+        """Of a way that begins from a picture."""
+        return None if self.way == "words" or task == "control" else STRENGTH
+
     def theirs(self, reference: Any, own: dict, made: Any) -> tuple[list[Tensor], Tensor]:
         told = {"prompt": PROMPTS, "negative_prompt": NEGATIVE, "guidance_scale": GUIDANCE}
+        task = own.get("task", "text")
+        if "task" in own:
+            told |= self.told_flux(own)
+            told = told if task == "text" else {k: v for k, v in told.items() if not k.startswith("negative")}
         if self.way != "words":
-            told |= {"image": self.pictures, "strength": STRENGTH}
+            told |= {"control_image" if task == "control" else "image": self.pictures}
+        if self.strength(task) is not None:
+            told |= {"strength": STRENGTH}
         if self.way == "inpaint":
             told["mask_image"] = self.mask
-        if self.way != "image":
+        if self.way != "image" or "task" in own:
             told |= {"width": self.plan.width, "height": self.plan.height}
         if self.net is not None:
             told |= {"image": self.seen, "controlnet_conditioning_scale": LED}
         pipe = reference.pipeline(own, self.way, made, led=self.net is not None)
         generators = [torch.Generator().manual_seed(SEED + k) for k in range(len(PROMPTS))]
-        dtype = own["parts"]["unet"].dtype
+        dtype = own["parts"]["transformer" if "task" in own else "unet"].dtype
         found, images = reference.run(pipe, self.steps, told, generators, dtype)
+        if "task" in own:
+            return flux.unpacked(found, self.plan.width, self.plan.height, pipe.vae_scale_factor), images
         n = self.steps if self.way == "words" else int(self.steps * STRENGTH)
         found = [found[k] for k in ends(made, n)]
         return to_model(made, found, self.steps), images
+
+    def told_flux(self, own: dict) -> dict:
+        """Guidance, and how many tokens; a FLUX without T5 is given its vectors, for diffusers knows no such thing."""
+        parts, device = own["parts"], self.plan.device
+        told = flux.guided(parts["transformer"].config.guidance_embeds, own["task"], GUIDANCE)[1]
+        if "text_encoder_2" in parts:
+            return told | {"max_sequence_length": flux.TOKENS}
+        tokenizer = own["tokenizers"]["tokenizer"]
+        read = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+        for prefix, prompts in (("", PROMPTS), ("negative_", NEGATIVE)):
+            ids = tokenizer(prompts, **read).input_ids.to(device)
+            told |= flux.embedded(parts["text_encoder"], ids, flux.TOKENS, prefix)
+        return told | {"prompt": None, "negative_prompt": None}
 
 
 def noisy_picture(seed: int, width: int, height: int) -> Image.Image:

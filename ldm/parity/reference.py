@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.architectures import Architecture
+from ldm.checkpoints.folder import places_of_parts
 from ldm.errors import LDMError
 from ldm.io.folders import read_fields
 from ldm.models.vae import VAE
+from ldm.parity import flux
 from ldm.parity.drawn import draw, give
 from ldm.parity.sides import Part, Side
 from ldm.text.clip import TextEncoder
@@ -71,16 +73,16 @@ def quiet(dtype: torch.dtype = torch.float32) -> Iterator[None]:
 def read(folder: Path, dtype: torch.dtype, device: torch.device, controlnet: Path | None = None) -> Side:
     """The reference of a model's folder, by its own loaders."""
     diffusers, transformers = libraries()
-    index = read_fields(folder / "model_index.json")
+    index, place = read_fields(folder / "model_index.json"), places_of_parts(folder)
     parts, tokenizers = {}, {}
     with quiet():
         for name, entry in index.items():
             library, cls = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
             if name.startswith("tokenizer") and cls is not None:
-                tokenizers[name] = transformers.CLIPTokenizer.from_pretrained(folder / name)
-            elif name in (*TEXTS, "unet", "vae") and cls is not None:
+                tokenizers[name] = tokenizer_class(cls).from_pretrained(place(name))
+            elif name in (*TEXTS, "unet", "transformer", "vae") and cls is not None:
                 kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], cls)
-                parts[name] = kind.from_pretrained(folder / name, torch_dtype=dtype, **variant(folder / name))
+                parts[name] = kind.from_pretrained(place(name), torch_dtype=dtype, **variant(place(name)))
         if controlnet is not None:
             kind = diffusers.ControlNetModel
             parts["controlnet"] = kind.from_pretrained(controlnet, torch_dtype=dtype, **variant(controlnet))
@@ -108,13 +110,39 @@ def build(
             with torch.device("meta"):
                 if name in TEXTS:
                     kind = getattr(transformers, fields["architectures"][0])
-                    part = kind(transformers.CLIPTextConfig(**fields))
+                    part = kind(kind.config_class(**fields))
                 else:
-                    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "controlnet": "ControlNetModel"}
-                    part = getattr(diffusers, classes[name]).from_config(fields)
-            parts[name] = give(part, draw(part, dtype, device, seed + k), device)
-        tokenizers = {n: transformers.CLIPTokenizer.from_pretrained(path) for n, path in vocabularies.items()}
+                    part = getattr(diffusers, CLASSES[name]).from_config(fields)
+            parts[name] = give(part, drawn(part, dtype, device, seed + k), device)
+        tokenizers = {n: tokenizer_class(kind_of(path)).from_pretrained(path) for n, path in vocabularies.items()}
     return side(parts, tokenizers, architecture.scheduler, architecture.index)
+
+
+CLASSES = {
+    "unet": "UNet2DConditionModel",
+    "transformer": "FluxTransformer2DModel",
+    "vae": "AutoencoderKL",
+    "controlnet": "ControlNetModel",
+}
+
+
+def drawn(part: nn.Module, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Tensor]:
+    """Random numbers for every parameter; T5's table of words has two names, and is one."""
+    if hasattr(part, "shared"):
+        part.encoder.embed_tokens = part.shared
+    state = draw(part, dtype, device, seed)
+    return state | ({"encoder.embed_tokens.weight": state["shared.weight"]} if "shared.weight" in state else {})
+
+
+def kind_of(vocabulary: Path) -> str:
+    """Whose vocabulary lies in a folder: CLIP's has a file of its own for its ids."""
+    return "clip" if (vocabulary / "vocab.json").exists() else "t5"
+
+
+def tokenizer_class(name: str) -> Any:
+    """transformers' class of that name or kind: T5's, or CLIP's."""
+    transformers = libraries()[1]
+    return transformers.T5TokenizerFast if "t5" in name.lower() else transformers.CLIPTokenizer
 
 
 def side(parts: dict[str, nn.Module], tokenizers: dict, scheduler: dict, index: dict) -> Side:
@@ -123,12 +151,14 @@ def side(parts: dict[str, nn.Module], tokenizers: dict, scheduler: dict, index: 
     if "vae" in parts:
         found |= {"vae_encode": encoder(parts["vae"]), "vae_decode": decoder(parts["vae"])}
     own = {"parts": parts, "tokenizers": tokenizers, "scheduler": scheduler, "index": index}
+    if "transformer" in parts:
+        own["task"] = flux.task_of(parts["transformer"].config, parts["vae"].config)
     return Side("diffusers", {name: reader(each) for name, each in tokenizers.items()}, found, own)
 
 
 def reader(tokenizer: Any) -> Callable[[list[str]], Tensor]:
     def read_prompts(prompts: list[str]) -> Tensor:
-        length = min(tokenizer.model_max_length, 77)
+        length = min(tokenizer.model_max_length, 512 if "T5" in type(tokenizer).__name__ else 77)
         with quiet():
             padded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return padded.input_ids
@@ -186,7 +216,17 @@ def controlnet(module: nn.Module) -> Part:
     return Part(run, module)
 
 
-PARTS = {"text_encoder": text, "text_encoder_2": text, "unet": unet, "controlnet": controlnet}
+def second_text(module: nn.Module) -> Part:
+    return flux.t5(module) if hasattr(module, "shared") else text(module)
+
+
+PARTS = {
+    "text_encoder": text,
+    "text_encoder_2": second_text,
+    "unet": unet,
+    "transformer": flux.transformer,
+    "controlnet": controlnet,
+}
 
 # ---------------------------------------------------------------------------------------------------- schedulers
 
@@ -220,6 +260,24 @@ def scheduler(fields: dict, cls: str, own: dict, dtype: torch.dtype) -> Any:
         made.alphas_cumprod = bars.double()
         if getattr(made, "final_alpha_cumprod", torch.ones(())) != 1:
             made.final_alpha_cumprod = made.alphas_cumprod[0]
+    return made
+
+
+def in_float32_digits(made: Any, fields: dict, cls: str) -> Any:
+    """A flow scheduler in float64 whose levels have the digits that diffusers gives them, those of float32.
+
+    `ldm` has them under `compat`; the steps are calculated in float64.
+    """
+    plain = scheduler(fields, cls, {}, torch.float32)
+    own = made.set_timesteps
+
+    @wraps(own)  # pipelines read its signature
+    def set_timesteps(*args: object, **named: object) -> None:
+        plain.set_timesteps(*args, **named)
+        own(*args, **named)
+        made.sigmas, made.timesteps = plain.sigmas.double(), plain.timesteps.double()
+
+    made.set_timesteps = set_timesteps
     return made
 
 
@@ -258,10 +316,8 @@ WAYS = {  # what is drawn from: the classes of Stable Diffusion, and of SDXL, wi
 def pipeline(own: dict, way: str, made: Any, led: bool = False) -> Any:
     """diffusers' pipeline for a way of drawing, of parts that are there already; `made` is its scheduler."""
     parts, index = own["parts"], own["index"]
-    is_xl = parts["unet"].config.addition_embed_type == "text_time"
-    name, end = WAYS[way]
     with quiet():
-        cls = getattr(libraries()[0], name + "XL" * is_xl + "ControlNet" * led + end)
+        cls = getattr(libraries()[0], class_name(own, way, led))
     known = inspect.signature(cls.__init__).parameters
     given = {**dict.fromkeys((*TEXTS, "tokenizer", "tokenizer_2")), **parts, **own["tokenizers"], "scheduler": made}
     given |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "add_watermarker": False}
@@ -271,6 +327,16 @@ def pipeline(own: dict, way: str, made: Any, led: bool = False) -> Any:
         pipe = cls(**{key: value for key, value in given.items() if key in known})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def class_name(own: dict, way: str, led: bool) -> str:
+    """diffusers' class for a way of drawing with these parts."""
+    parts = own["parts"]
+    if "transformer" in parts:
+        return flux.CLASSES[own["task"], way]
+    name, end = WAYS[way]
+    is_xl = parts["unet"].config.addition_embed_type == "text_time"
+    return name + "XL" * is_xl + "ControlNet" * led + end
 
 
 @contextmanager
@@ -287,7 +353,8 @@ def vae_in(dtype: torch.dtype, vae: nn.Module) -> Iterator[None]:
 def run(pipe: Any, steps: int, request: dict, generators: list, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """The latents after every call of the scheduler, and the pictures (B, H, W, 3) in whole grey levels."""
     found, whole = [], dtype if dtype == torch.float64 else torch.float32
-    with quiet(whole), noise_of_float32(pipe), vae_in(dtype, pipe.vae):
+    network = getattr(pipe, "transformer", None) or pipe.unet
+    with quiet(whole), noise_of_float32(pipe), vae_in(dtype, pipe.vae), flux.exact_turns(network, dtype):
         images = pipe(
             **request,
             num_inference_steps=steps,

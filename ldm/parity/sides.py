@@ -8,6 +8,7 @@ Ours are the parts of a `Pipeline`; a port is a person's own file:
         vae_encode(image)                     #   (B, 3, H, W) in [-1, 1] -> means (B, 4, h, w), at the UNet's scale
         vae_decode(x0)                        #   (B, 4, h, w) at the UNet's scale -> (B, 3, H, W), about [-1, 1]
         unet(x, t, context, extras)           #   -> (B, 4, h, w); extras is a dict: SDXL's pooled and time_ids
+        transformer(x, t, context, extras)    #   FLUX's, of latents, not of patches; extras: pooled, guidance
         unet_module, text_encoder_module, vae_module      # nn.Modules, to be walked where names are the checkpoint's
 """
 
@@ -26,6 +27,7 @@ from ldm.models.controlnet import ControlNet
 from ldm.models.unet import Extras
 from ldm.pipeline import Pipeline
 from ldm.text.clip import TextEncoder
+from ldm.text.t5 import T5Encoder
 from ldm.text.tokenizer import Tokenizer
 
 
@@ -35,11 +37,15 @@ def same_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """A network: `run` gives its outputs by name; `module` is what it is made of; `rename` gives our names for its."""
+    """A network: `run` gives its outputs by name; `module` is what it is made of; `rename` gives our names for its.
+
+    `retell` makes of a module's `Call`, under our name, what ours would be given and give.
+    """
 
     run: Callable[..., dict[str, Tensor]]
     module: nn.Module | None = None
     rename: Callable[[str], str | None] = same_name
+    retell: Callable[[str, Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,8 @@ def ours(pipe: Pipeline, net: ControlNet | None = None, for_port: bool = False) 
     else:
         parts["vae_encode"] = Part(lambda image, noise: {"a sample of x0": pipe.vae.encode(image, noise)}, pipe.vae)
     parts["vae_decode"] = Part(lambda x0: {"image": pipe.vae.decode(x0)}, pipe.vae)
-    parts["unet"] = Part(
-        lambda x, t, context, extras: {"output": pipe.unet(x, t, context, Extras(**extras))}, pipe.unet
+    parts["transformer" if pipe.flux else "unet"] = Part(
+        lambda x, t, context, extras: {"output": pipe.backbone(x, t, context, Extras(**extras))}, pipe.backbone
     )
     if net is not None:
         parts["controlnet"] = Part(lambda *given: residuals(net, *given), net)
@@ -79,7 +85,10 @@ def reader(tokenizer: Tokenizer) -> Callable[[list[str]], Tensor]:
     return lambda prompts: tokenizer(prompts).ids
 
 
-def text(encoder: TextEncoder, is_xl: bool) -> Part:
+def text(encoder: TextEncoder | T5Encoder, is_xl: bool) -> Part:
+    if isinstance(encoder, T5Encoder):
+        return Part(lambda ids: {"context": encoder.context(ids)}, encoder)
+
     def run(ids: Tensor) -> dict[str, Tensor]:
         states = encoder(ids)
         context = states.hidden[-2] if is_xl else states.last  # what the UNet reads
@@ -98,13 +107,14 @@ def residuals(
 
 # ---------------------------------------------------------------------------------------------------- a port
 
-OFFERED = ("tokenizer", "text_encoder", "text_encoder_2", "vae_encode", "vae_decode", "unet")
+OFFERED = ("tokenizer", "text_encoder", "text_encoder_2", "vae_encode", "vae_decode", "unet", "transformer")
 MODULES = {  # where the module of a function is looked for
     "text_encoder": "text_encoder_module",
     "text_encoder_2": "text_encoder_2_module",
     "vae_encode": "vae_module",
     "vae_decode": "vae_module",
     "unet": "unet_module",
+    "transformer": "transformer_module",
 }
 MODULES_OF = tuple(dict.fromkeys(MODULES.values()))
 RENAMES = {"text_encoder": TextEncoder.rename, "text_encoder_2": TextEncoder.rename}
@@ -184,4 +194,5 @@ SHAPES = {
     "vae_encode": of_means,
     "vae_decode": of_one("image"),
     "unet": of_one("output"),
+    "transformer": of_one("output"),
 }

@@ -19,13 +19,14 @@ from ldm.parity.schedulers import compared
 from ldm.parity.sides import Part, Side
 from ldm.parity.timing import both
 
-NETWORKS = ("text_encoder", "text_encoder_2", "vae_encode", "vae_decode", "unet", "controlnet")
+NETWORKS = ("text_encoder", "text_encoder_2", "vae_encode", "vae_decode", "unet", "transformer", "controlnet")
 PARTS = {  # the words of --only, in the road's order, and the stations they stand for
     "weights": ("weights",),
     "tokenizer": ("tokenizer",),
     "text": ("text_encoder", "text_encoder_2"),
     "vae": ("vae_encode", "vae_decode"),
     "unet": ("unet",),
+    "transformer": ("transformer",),
     "controlnet": ("controlnet",),
     "samplers": ("samplers",),
     "pipelines": ("pipelines",),

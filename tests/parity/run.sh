@@ -34,5 +34,7 @@ else
             compare "$name" "$each"
         done
     done
+    compare flux-schnell bfloat16 --size 1024x1024 # 60 GB: transformer and T5, and a layer in float32
+    compare flux-dev bfloat16 --size 1024x1024
 fi
 exit $failed
