@@ -140,7 +140,7 @@ def test_training_lowers_the_held_out_loss(run_folder, tmp_path, small):
     flow.train(folder, replace(RECIPE, steps=36, sheet_every=12, ema=0.5, lr=3e-2))
     lines = [json.loads(line) for line in (folder / "flow" / "log.jsonl").read_text().splitlines()]
     early, later, last = (line["held_out_loss"] for line in lines if "held_out_loss" in line)
-    assert last < later < early and last < 0.9 * early
+    assert last < later < early and last < 0.95 * early
 
 
 def test_half_precision_gives_the_same_gradients(small):
