@@ -70,6 +70,31 @@ def test_what_is_added_on_the_command_line_of_the_readme_runs_as_it_stands(tmp_p
     assert list(tmp_path.glob("*.png")) and (tmp_path / "neon" / "model_index.json").is_file()
 
 
+@scenes
+def test_what_the_readme_says_of_flux_runs_and_draws_what_it_says(tmp_path, monkeypatch):
+    """Night is dark and the house red, in the few steps too; the page's way of stepping gives the very picture."""
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"<!-- flux -->\s*```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    made = {"ldm": ldm}
+    exec(compile(block, "README.md", "exec"), made)
+    house, fewer = (np.asarray(made[name].images[0]).astype(int) for name in ("house", "fewer"))
+    for picture in (house, fewer):
+        assert picture[:40].mean() < 80  # the sky
+        assert ((picture[..., 0] > 110) & (picture[..., 1:].max(-1) < 70)).sum() > 500  # the house
+    assert np.array_equal(np.asarray(Image.open(sorted(tmp_path.glob("flow-*.png"))[-1])).astype(int), house)
+    assert len(list(tmp_path.glob("flow-*.png"))) == 25
+
+
+def test_what_the_readme_says_of_how_much_code_there_is_was_counted():
+    code_size = pytest.importorskip("code_size")
+    text = README.read_text(encoding="utf-8").replace("\n", " ")
+    said = re.search(r"counts: (\d+) lines .* diffusers has (\d+), and ([\d,]+) .* has ([\d,]+) for", text)
+    counted = {what: (ours, theirs) for what, ours, theirs in code_size.table()}
+    counted = (*counted["the transformer"], *counted["pipelines, all families and tasks"])
+    for number, true in zip(said.groups(), counted, strict=True):
+        assert abs(int(number.replace(",", "")) - true) < 0.1 * true, counted
+
+
 def test_the_lines_about_sdxl_run_as_they_stand(models):
     """On the tiny SDXL in place of the real one, and the CPU in place of a card."""
     from ldm import memory
