@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm import tasks
 from ldm.io.folders import write_json
-from ldm.models.flux import PATCH, pack, places, rotary_angles, unpack
+from ldm.models.patches import PATCH, pack, places, rotary_angles, unpack
 from ldm.parity.calls import Call
 from ldm.parity.sides import Part
 from ldm.text.t5 import T5Encoder

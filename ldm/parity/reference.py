@@ -341,13 +341,16 @@ def class_name(own: dict, way: str, led: bool) -> str:
 
 @contextmanager
 def vae_in(dtype: torch.dtype, vae: nn.Module) -> Iterator[None]:
-    """SDXL's pipelines cast their VAE to float32, which float64 and bfloat16 don't need: here it keeps its dtype."""
-    kept = vae.config.force_upcast
-    vae.register_to_config(force_upcast=kept and dtype == torch.float16)
+    """SDXL's pipelines cast their VAE to float32, which float64 and bfloat16 don't need: here it keeps its dtype.
+
+    And FLUX's add its shift to the latents, where none is said as well: that is 0.
+    """
+    kept, shift = vae.config.force_upcast, vae.config.shift_factor
+    vae.register_to_config(force_upcast=kept and dtype == torch.float16, shift_factor=shift or 0.0)
     try:
         yield
     finally:
-        vae.register_to_config(force_upcast=kept)
+        vae.register_to_config(force_upcast=kept, shift_factor=shift)
 
 
 def run(pipe: Any, steps: int, request: dict, generators: list, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
