@@ -23,6 +23,8 @@ def choose_true_guidance(model: "Model", asked: float | None) -> float:
         return 1.0
     if not isinstance(asked, Real) or isinstance(asked, bool) or not math.isfinite(asked):
         raise LDMError(f"true_guidance must be a finite number, not {asked!r}.")
+    if asked < 1:
+        raise LDMError(f"true_guidance is 1 (none) or more, not {asked!r}.")
     if asked != 1 and not model.distilled:
         raise LDMError(
             "true_guidance is for models that are told their guidance, as FLUX.1-dev is: this one has no other than "

@@ -11,12 +11,13 @@ from torch import nn
 from ldm import tasks
 from ldm.errors import LDMError
 from ldm.lora.applied import Applied, loras_on
-from ldm.models.flux import PATCH, Flux
+from ldm.models.flux import Flux
+from ldm.models.patches import PATCH
 from ldm.models.unet import UNet
 from ldm.models.vae import VAE
 from ldm.precision import autocasting
 from ldm.schedules import ScheduleConfig
-from ldm.settings import Defaults, Model
+from ldm.settings import Defaults, Model, flux_defaults
 from ldm.text.clip import TextEncoder
 from ldm.text.tokenizer import Tokenizer
 
@@ -32,11 +33,12 @@ class Parts:
     `tokenizer`, `text_encoder`, `vae` are the parts, with a `unet`, or the `transformer` of FLUX in its place;
     `scheduler` is what the schedule is made of. `backbone` is whichever of the two there is.
 
+    defaults                       None: as FLUX's family is drawn; with a UNet Defaults()
     low_res, max_noise_level       of an upscaler: the schedule of the noise on its small picture, and the most of it
     tokenizer_2, text_encoder_2    of SDXL, whose refiner has the second ones alone: they are its first here; of FLUX T5
     zero_negative                  where no negative prompt is given, zeros take its place (SDXL)
 
-    Raises LDMError for neither or both of the two networks.
+    Raises LDMError without a VAE, and for neither or both of the two networks.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Parts:
         unet: UNet | None = None,
         vae: VAE | None = None,
         scheduler: ScheduleConfig = ScheduleConfig(),
-        defaults: Defaults = Defaults(),
+        defaults: Defaults | None = None,
         folder: Path | None = None,
         low_res: ScheduleConfig | None = None,
         max_noise_level: int | None = None,
@@ -56,10 +58,13 @@ class Parts:
         text_encoder_2: "TextEncoder | T5Encoder | None" = None,
         zero_negative: bool = False,
     ):
-        if vae is None or (unet is None) == (transformer is None):
-            raise LDMError(
-                "A pipeline is made of a VAE and either a unet or, of FLUX, a transformer: pass one of them."
-            )
+        if vae is None:
+            raise LDMError("A pipeline is made of a VAE, too, which turns latents into pictures: pass it as vae.")
+        if (unet is None) == (transformer is None):
+            raise LDMError("A pipeline is made of either a unet or, of FLUX, a transformer: pass one of them.")
+        if defaults is None:
+            # The levels stay the scheduler's, should it say which.
+            defaults = Defaults() if transformer is None else replace(flux_defaults(transformer.config), sigmas=None)
         if transformer is not None and defaults.sigmas is None and scheduler.sigmas == "spaced":
             defaults = replace(defaults, sigmas="even")  # as FLUX's own program spaces them, and diffusers' pipelines
         self.tokenizer, self.text_encoder, self.vae = tokenizer, text_encoder, vae
@@ -136,9 +141,10 @@ class Parts:
 
     @property
     def default_size(self) -> int:
-        """Pixels along a side of the pictures the model was trained on; a file of FLUX doesn't say it."""
-        side = 128 if self.flux else self.unet.config.sample_size or 64
-        return side * self.vae.config.factor
+        """Pixels along a side of the pictures the model was trained on; of FLUX `ldm.json` alone may say it."""
+        if self.flux:
+            return self.defaults.width or 128 * self.vae.config.factor
+        return (self.unet.config.sample_size or 64) * self.vae.config.factor
 
     @property
     def most_tokens(self) -> int | None:

@@ -239,9 +239,18 @@ class Pipeline(Added):
         """Sentences -> what the text encoders say of them (`ldm.told.read`)."""
         return told.read(self, prompts, clip_skip, dialect, max_sequence_length)
 
-    def encode(self, prompts: Sequence[str], clip_skip: int = 0, dialect: str = "plain") -> Tensor:
-        """Sentences -> what the network reads, (B, 77, D); in a dialect, 77 for each chunk of the longest."""
-        return self.read(prompts, clip_skip, dialect).context
+    def encode(
+        self,
+        prompts: Sequence[str],
+        clip_skip: int = 0,
+        dialect: str = "plain",
+        max_sequence_length: int | None = None,
+    ) -> Tensor:
+        """Sentences -> what the network reads, (B, L, D): L is 77, in a dialect 77 for each chunk of the longest.
+
+        Of FLUX it is `max_sequence_length`; `read` has the pooled vector, too.
+        """
+        return self.read(prompts, clip_skip, dialect, max_sequence_length).context
 
     def schedule(self, steps: int | None = None, **options) -> Schedule:
         """The table of noise levels of a run: `steps`, sampler, rule, sigmas, timesteps, compat as in `steps`.

@@ -31,7 +31,8 @@ from ldm.checkpoints.checkpoint import NETWORKS, backbone_of, blank_part, family
 from ldm.checkpoints.places import INDEX, embedded, find_model
 from ldm.errors import LDMError, nearest
 from ldm.memory import asked_once, blocks_of, own_tensors
-from ldm.models.flux import Flux, rotary_table
+from ldm.models.flux import Flux
+from ldm.models.patches import rotary_table
 from ldm.models.unet import Extras, UNet
 from ldm.quantised import GROUP, USUAL, layers_of
 from ldm.text.t5 import T5Encoder

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
 from ldm.errors import LDMError
 from ldm.flux import check_plain, choose_tokens, choose_true_guidance
@@ -14,6 +15,9 @@ from ldm.schedules.spacing import most_steps
 from ldm.schedules.table import count_steps, is_whole, numbers
 from ldm.sizes import Sizes, told_sizes
 from ldm.text.prompts import check_dialect
+
+if TYPE_CHECKING:
+    from ldm.models.flux import FluxConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,15 @@ class Defaults:
     width: int | None = None  # the UNet's sample_size times the VAE's factor
     height: int | None = None
     max_sequence_length: int | None = None  # of FLUX: tokens that are read, 256 of schnell
+
+
+def flux_defaults(config: "FluxConfig") -> Defaults:
+    """What FLUX is drawn with where a model says nothing of it: as its family is in diffusers."""
+    if config.channels_in > config.channels_out:  # FLUX.1 Fill, Canny, Depth
+        return Defaults(steps=50, guidance=30.0, sigmas="even", max_sequence_length=512)
+    if config.guidance_embeds:  # dev
+        return Defaults(steps=28, guidance=3.5, sigmas="even", max_sequence_length=512)
+    return Defaults(steps=4, guidance=1.0, sigmas="even", max_sequence_length=256)  # schnell
 
 
 @dataclass(frozen=True)

@@ -360,8 +360,11 @@ def check_given(task: str, image: bool, mask: bool, depth: bool, options: dict) 
     if mask and task == "control":
         raise LDMError("A mask is given, but the picture that leads this model has nothing to be kept: leave it out.")
     if depth and task != "depth":
+        if task == "control":
+            raise LDMError("A control model reads depths as a picture: pass the depths as image (--image).")
         raise LDMError(
-            "This model reads no depth of its own (its UNet has no channel for it): a ControlNet may, through control."
+            "This model reads no depth of its own (its network has no channel for it): a ControlNet may, through "
+            "control."
         )
     for name, wanted in (("noise_level", "upscale"), ("image_guidance", "edit")):
         if options.get(name) is not None and task != wanted:

@@ -72,8 +72,17 @@ def hear(
             words = plain.read(readers(pipe), prompts, pipe.device, clip_skip, pipe.xl)
         else:
             words = read_chunks(readers(pipe), prompts, Asked(dialect, pipe.device, clip_skip, pipe.xl, say))
-    finite(words.context, "the text encoder")
+    for tensor, encoder in zip(words, encoders(pipe), strict=True):
+        if tensor is not None:
+            finite(tensor, encoder)
     return words
+
+
+def encoders(pipe: "Parts") -> tuple[str, str]:
+    """What made the context and the pooled vector, to be named in an error."""
+    if not pipe.flux:
+        return "the text encoder", "the text encoder"
+    return f"the text encoder ({'CLIP' if pipe.text_encoder_2 is None else 'T5'})", "the text encoder (CLIP)"
 
 
 def network(
@@ -86,10 +95,7 @@ def network(
     """
     pulls = settings.guidance > 1 and not pipe.distilled
     pulls = pulls or settings.true_guidance > 1
-    if not pulls and any(settings.negative):
-        why = "In a model that is told its guidance" if pipe.distilled else "Without guidance (1 or less)"
-        how = ", unless true_guidance is above 1" if pipe.distilled else ""
-        say_on_stderr(f"{why} the negative prompt does nothing{how}.")
+    check_pull(pipe, settings, pulls)
     negatives = settings.negative if pulls else (None,) * len(settings.negative)
     texts = dict.fromkeys([*settings.prompt, *(text for text in negatives if text is not None)])
     asked = (settings.dialect, pipe.tokenizer, pipe.flux)
@@ -99,7 +105,8 @@ def network(
     found, turns = scripts(settings.prompt, negatives, settings.dialect, behind, steps)
     check_words(pipe, found, settings.dialect)
     check_lengths(pipe, found, settings.dialect)
-    times = [schedule[i].t for i in settings.rows(schedule)]
+    rows = settings.rows(schedule) or range(len(schedule) + 1)  # of strength 0, as inversion, which goes all of them
+    times = [schedule[i].t for i in rows]
     beside = replace(beside, times=times, rounded=settings.compat)
     networks, say, tokens = [], once(), settings.max_sequence_length
     for script in found:
@@ -109,6 +116,19 @@ def network(
             words, against = read_negative(pipe, script, words, settings.dialect, clip_skip, say, tokens)
         networks.append(made(pipe, settings, words, against, together, beside))
     return in_turn(networks, turns, first)
+
+
+def check_pull(pipe: "Parts", settings: Settings, pulls: bool) -> None:
+    """Say on stderr where guidance away from other words does nothing, or little."""
+    if not pulls and any(settings.negative):
+        why = "In a model that is told its guidance" if pipe.distilled else "Without guidance (1 or less)"
+        how = ", unless true_guidance is above 1" if pipe.distilled else ""
+        say_on_stderr(f"{why} the negative prompt does nothing{how}.")
+    if pulls and pipe.flux and not pipe.distilled and pipe.defaults.guidance <= 1:  # schnell
+        say_on_stderr(
+            f"This model was distilled to draw without guidance: {settings.guidance:g} doubles the time, and is seldom "
+            "better."
+        )
 
 
 def once() -> Callable[[str], None]:
@@ -188,7 +208,7 @@ def read_negative(
     found = hear(pipe, [each or "" for each in script.negatives], skip, dialect, say, tokens)
     most = max(found.context.shape[1], words.context.shape[1])
     if most > min(found.context.shape[1], words.context.shape[1]):
-        empty = hear(pipe, [""], skip, dialect).context
+        empty = hear(pipe, [""], skip, dialect, say, tokens).context
         words, found = filled(words, most, empty), filled(found, most, empty)
     zeros = [k for k, each in enumerate(script.negatives) if each is None]
     for tensor in found:

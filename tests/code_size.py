@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OURS = {
-    "the transformer": ["models/flux.py"],
+    "the transformer": ["models/flux.py", "models/patches.py"],
     "T5 and its tokenizer": ["text/t5.py", "text/t5_tokenizer.py"],
     "its ControlNet": ["models/flux_controlnet.py"],
     "what FLUX alone is asked for": ["flux.py"],

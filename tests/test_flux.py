@@ -21,7 +21,8 @@ from torch import nn
 
 from ldm.errors import LDMError
 from ldm.models import flux
-from ldm.models.flux import Flux, FluxConfig, FluxResiduals, pack, places, rotary_angles, rotate, unpack
+from ldm.models.flux import Flux, FluxConfig, FluxResiduals
+from ldm.models.patches import pack, places, rotary_angles, rotate, unpack
 from ldm.models.unet import Extras
 from ldm.schedules import ScheduleConfig, make_schedule
 
@@ -355,6 +356,24 @@ def test_turned_products_depend_on_the_difference_of_places_alone():
     for other in ((1.0, 7.0, 1.0), (0.0, 8.0, 1.0), (0.0, 7.0, 2.0)):
         assert abs(here - dots(q, k, (0.0, 3.0, 5.0), other)) > 1e-3
     assert abs(here - dots(q, k, (0.0, 7.0, 1.0), (0.0, 3.0, 5.0))) > 1e-3  # not of its size alone
+
+
+def test_a_table_of_places_that_inference_made_serves_a_training():
+    _, ours = pair("schnell")
+    flux.rotary_table.cache_clear()
+    with torch.inference_mode(), torch.device("meta"):
+        tables = ours.rotary(3, 14, 22, torch.device("cpu"))
+    assert ours.rotary(3, 14, 22, torch.device("cpu")) is tables and tables[0].device.type == "cpu"
+    assert not tables[0].is_inference()
+
+
+@torch.no_grad()
+def test_latents_of_which_no_patches_can_be_made_are_refused():
+    _, ours = pair("schnell")
+    x, context, extras = inputs("schnell")
+    for wrong in (x[:, :1], x[:, :, :-1], x[..., :-1]):
+        with pytest.raises(LDMError, match=r"this transformer reads \d+ channels, of an even number of positions"):
+            ours(wrong, 500.0, context, extras)
 
 
 @torch.no_grad()

@@ -27,8 +27,9 @@ from ldm.control import GUIDANCE, Control, Seen, all_together, check_net, flux_c
 from ldm.errors import LDMError
 from ldm.guidance import Told
 from ldm.models.controlnet import ControlNetConfig
-from ldm.models.flux import FluxConfig, FluxResiduals, pack
+from ldm.models.flux import FluxConfig, FluxResiduals
 from ldm.models.flux_controlnet import FluxControlNet, FluxControlNetConfig, check_flux_base, over
+from ldm.models.patches import pack
 from ldm.models.unet import Extras, UNetConfig
 from ldm.models.vae import VAEConfig
 from ldm.schedules import Level

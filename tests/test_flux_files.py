@@ -94,7 +94,7 @@ def test_a_folder_of_diffusers_is_loaded_whole(flux, name, task, steps, guidance
     config = pipe.transformer.config
     x, context, pooled = normal(1, 2, config.channels_in, 6, 4), normal(2, 2, 5, 20), normal(3, 2, 24)
     scale = torch.tensor([3.5, 2.0]) if config.guidance_embeds else None
-    from ldm.models.flux import pack, places, unpack
+    from ldm.models.patches import pack, places, unpack
 
     ids = places(5, 6, 4)
     theirs = reference.transformer(

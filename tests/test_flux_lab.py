@@ -13,7 +13,8 @@ from ldm.cli.record import read_record
 from ldm.errors import LDMError
 from ldm.lab.maps import explicit
 from ldm.lab.trace import words_of_pieces
-from ldm.models.flux import Flux, FluxConfig, FluxResiduals, rotate
+from ldm.models.flux import Flux, FluxConfig, FluxResiduals
+from ldm.models.patches import rotate
 from ldm.models.unet import Extras
 
 PROMPT = "a large red house, a fish"
@@ -45,7 +46,8 @@ def test_maps_are_the_attention_that_the_blocks_make(models):
         assert torch.allclose(text.sum(-1) + patches.sum(-1), torch.ones(2, 2, 3)) and 0.05 < text.sum(-1).mean() < 0.95
         block, told = flux.transformer_blocks[0], flux.prepare(context, extras)
         vectors, rotary = flux.vectors(500.0, told), flux.rotary(7, 4, 6, x.device)
-        from ldm.models.flux import modulate, pack, split
+        from ldm.models.flux import modulate, split
+        from ldm.models.patches import pack
 
         own, other = (split(each, 6) for each in vectors[0])
         q, k, _ = block.attn.own(modulate(flux.x_embedder(pack(x)), *own[:2]))

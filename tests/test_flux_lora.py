@@ -25,7 +25,7 @@ from ldm.io.weights import WeightFiles
 from ldm.lora.algebra import Full, summed
 from ldm.lora.file import open_lora
 from ldm.lora.names import Name, parse
-from ldm.models.flux import pack
+from ldm.models.patches import pack
 from ldm.models.unet import Extras
 from ldm.pipeline import Pipeline
 
@@ -509,7 +509,10 @@ def test_wide_as_long_as_one_needs_it(tmp_path, capsys) -> None:
     tensors = of_control(FP64)[0]
     canny, depth = (open_lora(write(tmp_path / f"{name}.safetensors", tensors)) for name in ("canny", "depth"))
     pipe.add_lora(canny)
-    assert "canny: as long as it is on, the transformer reads 4 more channels, of a picture." in capsys.readouterr().err
+    assert (
+        "canny: as long as it is on, the transformer reads 4 more channels of a picture; such models are drawn with "
+        "guidance 30 (Canny) or 10 (Depth): pass it (guidance, --guidance)."
+    ) in capsys.readouterr().err
     pipe.add_lora(depth, 0.5, merge=False)
     pipe.remove_lora("canny")
     assert pipe.transformer.config.channels_in == 2 * LATENT

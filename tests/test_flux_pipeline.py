@@ -29,7 +29,8 @@ from transformers import CLIPTokenizer
 from ldm.errors import LDMError
 from ldm.flux import as_told
 from ldm.guidance import conditional
-from ldm.models.flux import Flux, FluxConfig, pack, unpack
+from ldm.models.flux import Flux, FluxConfig
+from ldm.models.patches import pack, unpack
 from ldm.models.unet import Extras
 from ldm.models.vae import VAE, VAEConfig
 from ldm.network import tell, told_rounded
@@ -49,6 +50,7 @@ TOKENS = 24
 SIZE = {"width": 48, "height": 32}
 PROMPTS = ["a large red house, snow", "a fish"]
 NEGATIVES = ["red", "a large house"]
+SHORT = {"max_sequence_length": 8}  # not the models' own
 
 
 @dataclass
@@ -130,7 +132,8 @@ def run_reference(pipe: FluxPipeline, *args, **options) -> tuple[list[Tensor], l
         latents.append(found["latents"].clone())
         return {}
 
-    images = pipe(*args, **options, max_sequence_length=TOKENS, callback_on_step_end=keep).images
+    options = {"max_sequence_length": TOKENS} | options
+    images = pipe(*args, **options, callback_on_step_end=keep).images
     return latents, images
 
 
@@ -203,6 +206,7 @@ def test_two_prompts_and_two_pictures_each_equal_diffusers(made, kind):
     [
         ("dev", {"guidance": 2.5, "true_guidance": 3.0}, {"guidance_scale": 2.5, "true_cfg_scale": 3.0}),
         ("schnell", {"guidance": 3.0}, {"true_cfg_scale": 3.0}),
+        ("schnell", {"guidance": 3.0, **SHORT}, {"true_cfg_scale": 3.0, **SHORT}),
     ],
 )
 def test_guidance_away_from_other_words_equals_diffusers(made, kind, ours, theirs, together):
@@ -215,6 +219,13 @@ def test_guidance_away_from_other_words_equals_diffusers(made, kind, ours, their
     plain = pipe.prepare(PROMPTS, **SIZE, steps=3, guidance=ours["guidance"] if kind == "dev" else 1.0)
     last = list(plain.steps())[-1].x
     assert (pack(last) - found[0][-1]).abs().max() > 0.1  # it isn't what the model draws without
+
+
+def test_what_of_a_negative_prompt_is_cut_off_is_said_once_and_by_the_run_s_length(made, capsys):
+    _, pipe = made("schnell")
+    pipe.prepare("a", negative=NEGATIVES[1] * 9, guidance=2.0, **SHORT, **SIZE, steps=1)
+    said = capsys.readouterr().err.splitlines()
+    assert sum("longer than 8 tokens (max_sequence_length)" in line for line in said) == 1 and len(said) == 2
 
 
 def test_true_guidance_without_other_words_pulls_away_from_none(made):
@@ -351,6 +362,7 @@ def test_without_t5_clip_alone_is_read(made, capsys):
     embeds = {"prompt_embeds": short, "pooled_prompt_embeds": states.pooler_output}
     found = run_reference(theirs, **embeds, **SIZE, num_inference_steps=3, generator=generators(2))
     assert_same_run(alone, found, PROMPTS, **SIZE)
+    assert alone.encode(["a"], max_sequence_length=12).shape == (1, 12, 24)
     assert alone.read(["a"]).context.shape[1] == 9 and alone.read(["a"], max_sequence_length=77).context.shape[1] == 77
     capsys.readouterr()
     alone.read(["a red house " * 40], max_sequence_length=77)
@@ -365,17 +377,38 @@ def test_what_is_cut_off_is_said(made, capsys):
     words = pipe.read(["a red house " * 40], max_sequence_length=30)
     said = capsys.readouterr().err
     assert words.context.shape == (1, 30, 20) and words.pooled.shape == (1, 24)
-    assert "CLIP reads 77 tokens of a prompt, T5 30: this part is in T5's words alone: '" in said
     assert "The prompt is longer than 30 tokens (max_sequence_length); this part is not read: '" in said
     pipe.read(["a red house"], max_sequence_length=30)
     assert capsys.readouterr().err == ""
+
+
+def length_of(pipe: Pipeline, prompt: str, most: int) -> int:
+    """How many of T5's tokens leave so many letters or fewer."""
+    return next(n for n in range(1, 512) if len(pipe.tokenizer_2([prompt], n).cut[0]) < most)
+
+
+def test_what_t5_does_not_read_either_is_not_said_to_be_in_its_words(made, capsys):
+    """CLIP's end of the prompt less T5's end: none where T5 reads less than CLIP, all where it reads everything."""
+    _, pipe = made("dev")
+    prompt = "A red house " * 40
+    end = pipe.tokenizer([prompt]).cut[0]
+    for length, both in ((30, False), (512, True)):
+        pipe.read([prompt], max_sequence_length=length)
+        said = capsys.readouterr().err
+        assert ("in T5's words alone" in said) is both and ("longer than" in said) is not both
+    assert said.endswith(f"this part is in T5's words alone: {end!r}\n")
+    pipe.read([prompt], max_sequence_length=length_of(pipe, prompt, len(end) // 2))
+    alone, neither = (line.partition(": ")[2] for line in capsys.readouterr().err.splitlines())
+    alone, neither = (part.rpartition(": ")[2][1:-1] for part in (alone, neither))
+    assert len(alone) > 100 and len(neither) > 100
+    assert "".join((alone + neither.replace("<unk>", "a")).split()) == "".join(end.split())  # T5's has no A
 
 
 def test_no_dialect_is_advised(made, capsys):
     _, pipe = made("dev")
     pipe.prepare("a (red:1.3) house " + "a red house " * 30, max_sequence_length=512, **SIZE, steps=1)
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "'(red:1.3)' is read as it stands; as FLUX reads all signs."
+    assert said[0] == "'(red:1.3)' is read as it stands, as FLUX reads all signs."
     assert len(said) == 2 and said[1].startswith("CLIP reads 77 tokens of a prompt, T5 512: this part is in T5's words")
 
 
@@ -420,6 +453,17 @@ def test_a_run_computes_its_modulations_before_the_loop(made, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Flux, "modulations", None)  # an error where it is asked
             assert len(list(run.steps())) == 3
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_inversion_computes_its_modulations_before_the_loop(made, monkeypatch, compat):
+    """It goes all rows, and refines each step at the row that it leads to."""
+    _, pipe = made("dev", torch.bfloat16)
+    calls, own = [], Flux.modulations
+    monkeypatch.setattr(Flux, "modulations", lambda flux, emb: calls.append(len(emb)) or own(flux, emb))
+    run = pipe.prepare_inversion(picture(1, **SIZE), PROMPTS[0], **SIZE, steps=3, compat=compat, guidance=3.5)
+    assert calls == [4]  # three levels and the clean one
+    assert len(list(run.steps())) == 3 and calls == [4]
 
 
 def test_in_half_precision_compat_tells_what_diffusers_tells(made):
@@ -552,6 +596,7 @@ def test_settings_of_older_records_are_read():
         ({"dialect": "compel"}, "the signs of the dialect 'compel'"),
         ({"clip_skip": 1}, "FLUX reads the last layer of its text encoders: leave clip_skip 1 out."),
         ({"true_guidance": float("nan")}, "true_guidance must be a finite number, not nan."),
+        ({"true_guidance": 0.5}, "true_guidance is 1 (none) or more, not 0.5."),
         ({"true_guidance": "2"}, "true_guidance must be a finite number, not '2'."),
         ({"sigmas": "ays"}, "were found for Stable Diffusion"),
     ],
@@ -575,8 +620,14 @@ def test_refused_of_other_models(made):
         choose_settings(unet, "a", true_guidance=2.0)
     assert choose_settings(unet, "a", dialect="a1111", width=24).max_sequence_length is None
     one = object()
-    for wrong in ({"vae": one}, {"unet": one}, {"vae": one, "unet": one, "transformer": one}):
-        with pytest.raises(LDMError, match="A pipeline is made of a VAE and either a unet or, of FLUX, a transformer"):
+    networks, vae = "of either a unet or, of FLUX, a transformer: pass one of them", "of a VAE, too, .*: pass it as vae"
+    for wrong, sentence in (
+        ({"vae": one}, networks),
+        ({"vae": one, "unet": one, "transformer": one}, networks),
+        ({"unet": one}, vae),
+        ({"transformer": one}, vae),
+    ):
+        with pytest.raises(LDMError, match=f"A pipeline is made {sentence}"):
             Pipeline(pipe.tokenizer, pipe.text_encoder, **wrong)
 
 
@@ -594,10 +645,59 @@ def test_a_negative_prompt_without_effect_says_what_to_do(made, capsys):
         ),
         ("schnell", "Without guidance (1 or less) the negative prompt does nothing."),
     ):
-        made(kind)[1].prepare(PROMPTS[0], negative="red", **SIZE, steps=1)
-        assert capsys.readouterr().err == sentence + "\n"
+        for options in ({}, {"true_guidance": 1} if kind == "dev" else {"guidance": 1.0}):
+            made(kind)[1].prepare(PROMPTS[0], negative="red", **SIZE, steps=1, **options)
+            assert capsys.readouterr().err == sentence + "\n"
     made("dev")[1].prepare(PROMPTS[0], negative="red", true_guidance=2.0, **SIZE, steps=1)
     assert capsys.readouterr().err == ""
+
+
+def test_a_model_that_needs_no_guidance_says_so(made, capsys):
+    """Not one that is drawn with guidance by default, nor one that is told it."""
+    _, pipe = made("schnell")
+    pipe.prepare("a", guidance=3.0, **SIZE, steps=1)
+    sentence = "This model was distilled to draw without guidance: 3 doubles the time, and is seldom better.\n"
+    assert capsys.readouterr().err == sentence
+    pipe.prepare("a", guidance=1.0, **SIZE, steps=1)
+    again(pipe, replace(pipe.defaults, guidance=4.0)).prepare("a", **SIZE, steps=1)
+    dev = made("dev")[1]
+    again(dev, replace(dev.defaults, guidance=1.0)).prepare("a", true_guidance=3.0, **SIZE, steps=1)
+    assert capsys.readouterr().err == ""
+
+
+def again(pipe: Pipeline, defaults: Defaults | None) -> Pipeline:
+    """The same parts, put together anew."""
+    return Pipeline(
+        pipe.tokenizer, pipe.text_encoder, None, pipe.vae, pipe.scheduler, defaults, transformer=pipe.transformer,
+        tokenizer_2=pipe.tokenizer_2, text_encoder_2=pipe.text_encoder_2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "usual"), [("schnell", (4, 1.0, 256)), ("dev", (28, 3.5, 512))])
+def test_put_together_without_defaults_it_is_drawn_as_its_family(made, kind, usual):
+    settings = again(made(kind)[1], None).settings("a")
+    assert (settings.steps, settings.guidance, settings.max_sequence_length) == usual and settings.sigmas == "even"
+
+
+def test_without_t5_no_more_is_read_than_clip_knows(made):
+    """The least of what is asked by default and what the tower was made for."""
+    pipe = made("dev")[1]
+    for asked, read in ((512, 77), (9, 9), (None, 77)):
+        alone = Pipeline(
+            pipe.tokenizer, pipe.text_encoder, None, pipe.vae, pipe.scheduler,
+            Defaults(max_sequence_length=asked), transformer=pipe.transformer,
+        )  # fmt: skip
+        assert alone.settings("a").max_sequence_length == read
+
+
+@pytest.mark.parametrize(("part", "name"), [("text_encoder", "CLIP"), ("text_encoder_2", "T5")])
+def test_what_is_not_finite_names_the_text_encoder(made, monkeypatch, part, name):
+    """CLIP's part in it is the pooled vector alone."""
+    _, pipe = made("dev")
+    weight = next(p for key, p in getattr(pipe, part).named_parameters() if key.endswith("norm.weight"))
+    monkeypatch.setattr(weight, "data", torch.full_like(weight, float("nan")))
+    with pytest.raises(LDMError, match=rf"the text encoder \({name}\) returned numbers that are not finite"):
+        pipe.read(["a fish"])
 
 
 def test_what_is_not_finite_names_the_transformer(made):

@@ -22,8 +22,8 @@ import ldm
 from ldm import tasks
 from ldm.control import Control
 from ldm.errors import LDMError
-from ldm.models.flux import pack
 from ldm.models.flux_controlnet import FluxControlNet
+from ldm.models.patches import pack
 from ldm.noise import Noise
 from ldm.tasks import check_given, choose_sizes, open_image, task_of
 
@@ -245,7 +245,12 @@ def test_every_model_is_known_for_what_it_does(flux):
         ("fill", (False, False, False), "This model fills holes in a picture"),
         ("control", (False, False, False), r"draws from the picture that leads it, of edges or of depths: pass it as"),
         ("control", (True, True, False), "the picture that leads this model has nothing to be kept: leave it out"),
-        ("fill", (True, True, True), "This model reads no depth of its own"),
+        (
+            "fill",
+            (True, True, True),
+            r"reads no depth of its own \(its network has no channel for it\): a ControlNet may",
+        ),
+        ("control", (True, False, True), r"A control model reads depths as a picture: pass the depths as image \(--im"),
     ],
 )
 def test_what_a_task_lacks_or_has_no_use_for_is_refused(task, given, sentence):

@@ -15,7 +15,7 @@ from ldm.models.flux import Flux, FluxConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.models.vae import VAE, VAEConfig
 from ldm.schedules import ScheduleConfig
-from ldm.settings import Defaults
+from ldm.settings import Defaults, flux_defaults
 from ldm.tasks import task_of
 from ldm.text.clip import TextConfig, TextEncoder
 from ldm.text.t5 import T5Config
@@ -118,11 +118,7 @@ def task_of_parts(configs: Mapping[str, Any]) -> str | None:
 def family_defaults(unet: UNetConfig | FluxConfig | None) -> Defaults:
     """Steps and guidance where a model says nothing of them: those of its family in diffusers."""
     if isinstance(unet, FluxConfig):
-        if unet.channels_in > unet.channels_out:  # FLUX.1 Fill, Canny, Depth
-            return Defaults(steps=50, guidance=30.0, sigmas="even", max_sequence_length=512)
-        if unet.guidance_embeds:  # dev
-            return Defaults(steps=28, guidance=3.5, sigmas="even", max_sequence_length=512)
-        return Defaults(steps=4, guidance=1.0, sigmas="even", max_sequence_length=256)  # schnell
+        return flux_defaults(unet)
     if unet is not None and unet.time_cond_proj_dim is not None:
         return Defaults(steps=4, guidance=8.5)  # LCM
     return Defaults(guidance=5.0) if unet is not None and unet.is_xl else Defaults()

@@ -22,7 +22,7 @@ from ldm.lora.file import Lora, open_lora
 from ldm.lora.fitting import FLUX_WIDTHS, Place, places
 from ldm.lora.groups import Group
 from ldm.lora.names import TRANSFORMER, UNET, WORDS, flattened, other_form, other_model, parse
-from ldm.models.flux import PATCH
+from ldm.models.patches import PATCH
 
 BLOCKS = re.compile(
     r"(down_blocks|up_blocks|input_blocks|output_blocks|double_blocks|single_blocks|transformer_blocks|"

@@ -23,7 +23,8 @@ from ldm.errors import LDMError
 from ldm.lab.maps import EVERY, Key, Maps
 from ldm.lab.record import Call, Layer, Record, check_names, stats, within
 from ldm.models.blocks import Attention, Context, SpatialTransformer
-from ldm.models.flux import PATCH, DoubleBlock, Flux, FluxResiduals, JointAttention, SingleBlock, rotate
+from ldm.models.flux import DoubleBlock, Flux, FluxResiduals, JointAttention, SingleBlock
+from ldm.models.patches import PATCH, rotate
 from ldm.models.unet import UNet
 from ldm.noise import Noise
 from ldm.run import Run

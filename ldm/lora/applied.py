@@ -288,7 +288,10 @@ def add(pipe: "Parts", lora: Lora, weight: float = 1.0, merge: bool = True) -> A
     say_on_stderr(told(applied))
     if TRANSFORMER in changes and (wider := stack_of(networks[TRANSFORMER]).wider) is not None:
         more = networks[TRANSFORMER].config.channels_in - wider.config.channels_in
-        say_on_stderr(f"{applied.name}: as long as it is on, the transformer reads {more} more channels, of a picture.")
+        say_on_stderr(
+            f"{applied.name}: as long as it is on, the transformer reads {more} more channels of a picture; such "
+            "models are drawn with guidance 30 (Canny) or 10 (Depth): pass it (guidance, --guidance)."
+        )
     return applied
 
 

@@ -1,15 +1,14 @@
 """FLUX: a transformer over the text's tokens and the picture's patches, that predicts which way the picture flows.
 
 Esser et al. 2024 (MMDiT, section 4: two streams that meet in one attention), Dehghani et al. 2023 (attention and
-feed-forward side by side), Su et al. 2021 (rotary embedding), Peebles & Xie 2023 (adaLN-Zero). Names are those of
-diffusers' `FluxTransformer2DModel`, so its folders load without a table.
+feed-forward side by side), Peebles & Xie 2023 (adaLN-Zero); patches and their places are in `ldm.models.patches`. Names
+are those of diffusers' `FluxTransformer2DModel`, so its folders load without a table.
 Shapes: B batch, C channels of the latent, H, W its positions, N = H/2 * W/2 patches, L text tokens, D width of the
 network, P numbers of a patch, W_h width of a head.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -19,11 +18,10 @@ from torch import Tensor, nn
 from ldm.config import check_class, from_json
 from ldm.errors import LDMError
 from ldm.models.blocks import TimestepMLP, timestep_embedding
+from ldm.models.patches import PATCH, pack, rotary_table, rotate, unpack
 from ldm.models.unet import Extras
 
-PATCH = 2  # positions of the latent along a side of a patch; the JSON's `patch_size` 1 means a patch of what is packed
 WAVES = 256  # numbers of the timestep's sinusoids, and of the guidance scale's
-THETA = 10000  # rotary embedding: the slowest frequency is almost 1 / THETA
 
 
 @dataclass(frozen=True)
@@ -85,61 +83,6 @@ class FluxConfig:
         for name, value in (("in_channels", self.in_channels), ("out_channels", self.out_channels or PATCH**2)):
             if value % PATCH**2 or not value:
                 raise LDMError(f"{what} has {name} {value}: a patch of 2x2 positions needs a multiple of 4.")
-
-
-# ------------------------------------------------------------------------------------------------ patches and places
-
-
-def pack(x: Tensor) -> Tensor:
-    """Latents as a sequence of patches of 2x2 positions, row by row: (B, C, H, W) -> (B, N, P = 4C), channels first."""
-    b, c, h, w = x.shape
-    x = x.view(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // PATCH**2, c * PATCH**2)
-
-
-def unpack(patches: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`: (B, N, 4C) -> (B, C, `height`, `width`)."""
-    b, _, p = patches.shape
-    x = patches.view(b, height // PATCH, width // PATCH, p // PATCH**2, PATCH, PATCH)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, p // PATCH**2, height, width)
-
-
-def places(tokens: int, height: int, width: int) -> Tensor:
-    """(text, y, x) of every token of the sequence, text first: (L + N, 3).
-
-    The text's are all zero, for a caption has no place in the picture; a patch's first number is zero, too.
-    """
-    ids = torch.zeros(height // PATCH, width // PATCH, 3)
-    ids[..., 1] = torch.arange(height // PATCH)[:, None]
-    ids[..., 2] = torch.arange(width // PATCH)[None, :]
-    return torch.cat([torch.zeros(tokens, 3), ids.flatten(0, 1)])
-
-
-def rotary_angles(ids: Tensor, axes: Sequence[int], theta: float = THETA) -> Tensor:
-    """By how much each pair of a head's numbers is turned at each place `ids` (N, 3): (N, W_h/2), float64.
-
-    place * theta^(-2i/d), pair i of the d numbers that belong to an axis (Su et al. 2021, equation 15).
-    """
-    turns = [theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d) for d in axes]
-    return torch.cat([ids[:, k, None].double() * turn for k, turn in enumerate(turns)], dim=1)
-
-
-@lru_cache(maxsize=8)  # the same at every step, and in every run of that size
-def rotary_table(tokens: int, height: int, width: int, axes: tuple[int, ...], like: tuple) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles, each (L + N, 1, W_h/2), of the (device, dtype) `like`."""
-    device, dtype = like
-    angles = rotary_angles(places(tokens, height, width), axes)[:, None]
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (2i, 2i+1) of a head's numbers by its place's angle; x (B, L + N, heads, W_h).
-
-    After it q.k depends on places by their difference alone (Su et al. 2021, equation 16).
-    """
-    cos, sin = rotary
-    a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ bricks
@@ -431,6 +374,7 @@ class Flux(FluxTrunk):
         """
         told = context if isinstance(context, Prepared) else self.prepare(context, extras)
         height, width = x.shape[2:]
+        self.check(x)
         vectors = self.vectors(t, told)
         rotary = self.rotary(told.text.shape[1], height, width, x.device)
         h = self.x_embedder(pack(x))
@@ -438,3 +382,11 @@ class Flux(FluxTrunk):
             h = stream  # the last of them goes on; what is kept of the others would be most of a step's memory
         scale, shift = split(vectors[-1], 2)  # in this order here, and in no other layer
         return unpack(self.proj_out(modulate(h, shift, scale)), height, width)
+
+    def check(self, x: Tensor) -> None:
+        """Raise LDMError for latents of which no patches can be made, or with other channels."""
+        if x.shape[1] != self.config.channels_in or x.shape[2] % PATCH or x.shape[3] % PATCH:
+            raise LDMError(
+                f"Latents of shape {tuple(x.shape)}: this transformer reads {self.config.channels_in} channels, of an "
+                "even number of positions along each side."
+            )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ldm.errors import LDMError
 from ldm.models.controlnet import ConditioningEmbedding, ControlNetConfig, zero
-from ldm.models.flux import PATCH, Flux, FluxConfig, FluxResiduals, FluxTrunk, Prepared, pack
+from ldm.models.flux import Flux, FluxConfig, FluxResiduals, FluxTrunk, Prepared
+from ldm.models.patches import PATCH, pack
 from ldm.models.unet import Extras
 from ldm.models.vae import VAEConfig
 

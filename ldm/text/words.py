@@ -75,10 +75,10 @@ def read_flux(
     tokens, most = clip.tokenizer(list(prompts)), clip.tokenizer.max_length
     states = clip.encoder(tokens.ids.to(device))
     if more:
-        for cut in filter(None, dict.fromkeys(tokens.cut)):
-            say(f"CLIP reads {most} tokens of a prompt, T5 {length}: this part is in T5's words alone: {cut!r}")
-        tokens = more[0].tokenizer(list(prompts), length)
-        context, cuts = more[0].encoder.context(tokens.ids.to(device)), tokens.cut
+        pieces = more[0].tokenizer(list(prompts), length)
+        context, cuts = more[0].encoder.context(pieces.ids.to(device)), pieces.cut
+        for part in filter(None, dict.fromkeys(map(before, tokens.cut, cuts))):
+            say(f"CLIP reads {most} tokens of a prompt, T5 {length}: this part is in T5's words alone: {part!r}")
     else:
         context, ids = states.last[:, :length], map(clip.tokenizer.encode, prompts)
         room = min(length - 1, most - 2)  # the first token is none of the text's, nor the last of 77
@@ -86,6 +86,20 @@ def read_flux(
     for cut in filter(None, dict.fromkeys(cuts)):
         say(f"The prompt is longer than {length} tokens (max_sequence_length); this part is not read: {cut!r}")
     return Words(context, states.pooled)
+
+
+def before(cut: str, unread: str) -> str:
+    """What of the end of a prompt lies before its further end `unread`; "" if that is the longer one.
+
+    Letters are counted, for two tokenizers write the same words with other spaces, one in lower case, and the other
+    what it doesn't know as <unk>.
+    """
+    left = len("".join(cut.split())) - len("".join(unread.replace("<unk>", "?").split()))
+    for k, letter in enumerate(cut):
+        if left <= 0:
+            return cut[:k].strip()
+        left -= not letter.isspace()
+    return cut
 
 
 def vectors(

@@ -46,8 +46,8 @@ def notices(prompt: str, dialect: str, tokenizer: Tokenizer, flux: bool = False)
     signs = ((looks.search(prompt), name) for looks, name in LOOKS[dialect])
     if sign := next(((shortened(mark[0]), name) for mark, name in signs if mark), None):
         mark, name = sign
-        how = "as FLUX reads all signs" if flux else f"dialect={name!r} (--dialect {name}) reads it as {name} does"
-        found.append(f"{mark!r} is read as it stands; {how}.")
+        how = ", as FLUX reads all signs" if flux else f"; dialect={name!r} (--dialect {name}) reads it as {name} does"
+        found.append(f"{mark!r} is read as it stands{how}.")
     if dialect == "plain" and not flux and len(ids) > tokenizer.max_length - 2:
         found.append("Longer prompts are read in chunks with dialect='a1111' (--dialect a1111).")
     if dialect == "a1111" and AND.search(prompt):
