@@ -257,7 +257,7 @@ def add_levels(parser: "argparse._ActionsContainer") -> None:
     )  # fmt: skip
     parser.add_argument(
         "--sigmas", type=name_or_numbers, metavar="LEVELS", help="the levels sigma/alpha: spaced, karras, exponential, "
-        "beta, ays, ays-xl, even (FLUX's); or N + 1 falling numbers with commas between them",
+        "beta, ays, ays-xl, even; or N + 1 falling numbers with commas between them",
     )  # fmt: skip
     parser.add_argument(
         "--timesteps", type=numbers, metavar="T,T,...", help="instead: N falling timesteps with commas between them"
