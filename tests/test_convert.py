@@ -875,7 +875,7 @@ def test_the_command(models, tmp_path, capsys, monkeypatch):
     assert read_json(tmp_path / "v" / "config.json")["scaling_factor"] == 0.5
     assert main(["convert", "half", "x", "--part", "vea"]) == 2
     assert (
-        "--part must be controlnet or vae or unet, not 'vea'. Did you mean 'vae'?"
+        "--part must be controlnet or vae or unet or transformer, not 'vea'. Did you mean 'vae'?"
         in capsys.readouterr().err.replace("Vae", "vae")
     )
 
