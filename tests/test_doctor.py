@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 GIB = 2**30
 TESTED = {"torch": "2.13.0+cpu", "numpy": "2.4.6", "pillow": "13.0.0", "safetensors": "0.8.0", "tqdm": "4.70.1"} | {
     "opencv-python-headless": "5.0.0.93", "matplotlib": "3.11.2", "scipy": "1.17.1", "jupyter": "1.1.1",
+    "tokenizers": "0.23.3", "bitsandbytes": "0.50.2",
     "transformers": "5.23.0", "diffusers": "0.42.1", "ftfy": "6.3.1", "huggingface_hub": "2.4.0",
 }  # fmt: skip
 
@@ -83,6 +84,13 @@ def test_what_drawing_needs_and_is_missing_or_old_is_broken(name):
     "distribution, name, fault, wanted",
     [
         ("opencv-python-headless", "OpenCV", "Edges for ControlNets (canny, scribble) need OpenCV", '-e ".[control]"'),
+        ("tokenizers", "tokenizers", "FLUX's T5 needs tokenizers", '-e ".[flux]"'),
+        (
+            "bitsandbytes",
+            "bitsandbytes",
+            "Weights of 8 and 4 bits (`--quantise`) need bitsandbytes",
+            '-e ".[quantise]"',
+        ),
         ("matplotlib", "matplotlib", "Plots (`ldm schedule --plot`, `ldm compare-samplers`) need", '-e ".[plots]"'),
         ("scipy", "scipy", "The beta choice of noise levels (`--sigmas beta`) needs scipy", '-e ".[plots]"'),
         ("jupyter", "jupyter", "The notebooks need jupyter", '-e ".[notebooks]"'),

@@ -35,6 +35,8 @@ OPTIONAL = (
     Optional("diffusers", ("diffusers",), "0.38", "test", "`ldm parity` and the tests need"),
     Optional("ftfy", ("ftfy",), "6", "", "The repair of broken letters in prompts (`clean='original'`) needs"),
     Optional("huggingface_hub", ("huggingface_hub",), "1.0", "hub", "Models from the hub (`ldm fetch`) need"),
+    Optional("tokenizers", ("tokenizers",), "0.20", "flux", "FLUX's T5 needs"),
+    Optional("bitsandbytes", ("bitsandbytes",), "0.48", "quantise", "Weights of 8 and 4 bits (`--quantise`) need"),
 )
 
 
