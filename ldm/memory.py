@@ -232,9 +232,6 @@ class AtWork:
             for each in missing:
                 each.come(self.stage.device)
             return self.forward(*args, **kwargs)
-        except BaseException:  # by parts, the part of a modulation is there
-            self.stage.clear()
-            raise
         finally:
             for each in missing:
                 each.go()

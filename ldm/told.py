@@ -50,7 +50,6 @@ def read(
                 f"{prompt!r:.80} has other words at other steps, and is read step by step: give what it is at one of "
                 "them (ldm.text.prompts.schedules.stages(prompt, steps)[0].text)."
             )
-    choose_tokens(pipe.model, max_sequence_length)  # a UNet has no such choice
     return hear(pipe, prompts, clip_skip, dialect, tokens=max_sequence_length)
 
 
@@ -63,10 +62,10 @@ def hear(
     tokens: int | None = None,
 ) -> Words:
     """The same of a prompt as it is at one step: what looks like stages there, is none. `tokens`: of FLUX."""
+    tokens = choose_tokens(pipe.model, tokens)
     with pipe.precision():
         if pipe.flux:
             check_plain(dialect, clip_skip)
-            tokens = choose_tokens(pipe.model, tokens)
             words = plain.read_flux(readers(pipe), prompts, pipe.device, tokens, say)
         elif dialect == "plain":
             words = plain.read(readers(pipe), prompts, pipe.device, clip_skip, pipe.xl)

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from test_parity import by_station
 
 from ldm.cli import main
 from ldm.models import flux
@@ -25,13 +26,6 @@ def parity(tmp_path, capsys, monkeypatch):
         return status, json.loads(path.read_text()), out + err
 
     return run
-
-
-def by_station(report):
-    found = {}
-    for line in report["lines"]:
-        found.setdefault(line["station"], set()).add(line["verdict"])
-    return found
 
 
 def test_every_station_of_a_flux_is_equal_in_float64(parity, tmp_path):

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from ldm.errors import LDMError
 from ldm.io.atomic import atomic_file
-from ldm.io.folders import cannot_read, open_plain, read_fields
+from ldm.io.folders import read_fields
 from ldm.text.tokenizer import Tokens, cut_out
-from ldm.text.tokenizer_files import NO_LENGTH, read_if_there
+from ldm.text.tokenizer_files import NO_LENGTH, bounded, read_if_there
 
 JSON, SPIECE, SETTINGS = "tokenizer.json", "spiece.model", "tokenizer_config.json"
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1 and 2
@@ -202,11 +202,4 @@ def read_spiece(path: Path, extra: int) -> Speller:
 
 def content(path: Path) -> bytes:
     """A file's bytes. Raises LDMError if it can't be read, or is larger than any tokenizer's."""
-    try:
-        with open_plain(path) as file:
-            data = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise cannot_read(path, error) from error
-    if len(data) > MOST_BYTES:
-        raise LDMError(f"{path} is larger than {MOST_BYTES} bytes: it is no file of a tokenizer.")
-    return data
+    return bounded(path, MOST_BYTES, "file of a tokenizer")

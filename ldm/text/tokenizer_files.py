@@ -99,15 +99,15 @@ def read_published(path: Path) -> list[tuple[str, str]]:
     return [two_pieces(path, number, line) for number, line in enumerate(lines, start=2)]
 
 
-def bounded(path: Path) -> bytes:
+def bounded(path: Path, most: int = MOST_MERGES_BYTES, what: str = "tokenizer's list of merges") -> bytes:
     """The content of a file that must be small. Raises LDMError if it isn't, or can't be read."""
     try:
         with open_plain(path) as file:
-            data = file.read(MOST_MERGES_BYTES + 1)
+            data = file.read(most + 1)
     except OSError as error:
         raise cannot_read(path, error) from error
-    if len(data) > MOST_MERGES_BYTES:
-        raise LDMError(f"{path} is larger than {MOST_MERGES_BYTES} bytes: it is no tokenizer's list of merges.")
+    if len(data) > most:
+        raise LDMError(f"{path} is larger than {most} bytes: it is no {what}.")
     return data
 
 
